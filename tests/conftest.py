@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: devices, tolerances, seeds."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+
+class Tolerance(NamedTuple):
+    """Arguments for torch.testing.assert_close."""
+
+    rtol: float
+    atol: float
+
+
+# Results of fused kernels against the same formula in plain PyTorch: the order of additions
+# differs, so a few units in the last place of the storage type are allowed.
+TOLERANCES = {
+    torch.float64: Tolerance(1e-10, 1e-11),
+    torch.float32: Tolerance(1e-5, 1e-5),
+    torch.bfloat16: Tolerance(1.6e-2, 1.6e-2),
+    torch.float16: Tolerance(2e-3, 2e-3),
+}
+
+
+def _devices() -> list[str]:
+    if chosen := os.environ.get("FASTNAS_TEST_DEVICE"):
+        return chosen.split(",")
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Two threads are what the smallest machine has: results that depend on their number show up,
+    # and timings do not.
+    torch.set_num_threads(2)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        marks = {"cuda": [pytest.mark.gpu]}
+        values = [pytest.param(d, marks=marks.get(d.split(":")[0], [])) for d in _devices()]
+        metafunc.parametrize("device", values, indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device at hand; FASTNAS_TEST_DEVICE=cuda (or cpu,cuda) overrides the choice."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def tolerances() -> dict[torch.dtype, Tolerance]:
+    """rtol and atol per storage type: ``assert_close(a, b, **tolerances[a.dtype]._asdict())``."""
+    return TOLERANCES
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
