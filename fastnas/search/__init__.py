@@ -1,0 +1,1 @@
+"""The search: a bilevel loop that joins a space, a method and data."""

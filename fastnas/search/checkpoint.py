@@ -1,0 +1,157 @@
+"""Checkpoints: written whole, read without running anything they contain.
+
+A checkpoint is a dict of tensors, numbers, strings, lists and dicts, written by
+:func:`torch.save` under a temporary name and renamed. It is read with ``weights_only=True``, so a file
+from elsewhere cannot execute code. Random generators are stored beside the rest
+(:class:`RandomState`), which makes a resumed run on the CPU equal to an uninterrupted one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastnas.search.files import write_atomic
+
+_FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; the message is one sentence that names the file and the reason."""
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any], *, kind: str) -> None:
+    """Write ``state`` to ``path``; a kill at any moment leaves the old file or the new one.
+
+    Args:
+        path: the file; its folder must exist.
+        state: tensors, numbers, strings, None, and lists, tuples and dicts of these.
+        kind: what the state belongs to (``"search"``, ``"evaluation"``), checked when it is read.
+
+    Raises:
+        OSError: the file cannot be written; an older checkpoint of that name is kept.
+    """
+    content = {"fastnas": _FORMAT, "kind": kind, "state": dict(state)}
+    write_atomic(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], *, kind: str, map_location: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """Read the ``state`` given to :func:`save_checkpoint`.
+
+    Args:
+        path: the file.
+        kind: the kind the reader can use.
+        map_location: device the tensors are put on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is truncated, no checkpoint of fastnas, of another format version, or
+            of another kind.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such checkpoint")
+    try:
+        content = torch.load(source, map_location=map_location, weights_only=True)
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:
+        raise CheckpointError(
+            f"{source}: expected a checkpoint of fastnas, but it is truncated or something else "
+            f"({type(error).__name__})"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
+        raise CheckpointError(
+            f"{source}: expected a checkpoint of fastnas, but it is something else"
+        )
+    if content.get("fastnas") != _FORMAT:
+        raise CheckpointError(
+            f"{source}: expected checkpoint format {_FORMAT}, but got {content.get('fastnas')!r} "
+            "(another version of fastnas wrote it)"
+        )
+    if content.get("kind") != kind:
+        raise CheckpointError(
+            f"{source}: expected the checkpoint of a {kind}, but it is that of a {content.get('kind')}"
+        )
+    return content["state"]
+
+
+class RandomState:
+    """The generators of Python, numpy and torch (CPU and CUDA), kept apart from the caller's.
+
+    Between :meth:`use` blocks the state rests in this object, so whatever else the program draws does
+    not change a run, and a run does not change what the program draws.
+
+    Args:
+        seed: seeds all generators.
+        device: a CUDA device includes the generators of all CUDA devices.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        """Seed the generators without touching those of the caller."""
+        self._cuda = torch.device(device).type == "cuda"
+        before = self._capture()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        self._state = self._capture()
+        self._restore(before)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Run a block with these generators and give the caller his back afterwards."""
+        before = self._capture()
+        self._restore(self._state)
+        try:
+            yield
+        finally:
+            self._state = self._capture()
+            self._restore(before)
+
+    def state_dict(self, *, live: bool = False) -> dict[str, Any]:
+        """The state in types a checkpoint can hold.
+
+        Args:
+            live: inside a :meth:`use` block, read the generators in use.
+        """
+        return self._capture() if live else dict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of :meth:`state_dict`; the next :meth:`use` block starts from it."""
+        self._state = dict(state)
+
+    def _capture(self) -> dict[str, Any]:
+        version, words, gauss = random.getstate()
+        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        return {
+            "python": [version, list(words), gauss],
+            "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if self._cuda else [],
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        name, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state(
+            (name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached)
+        )
+        torch.set_rng_state(state["torch"].cpu())
+        if self._cuda and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

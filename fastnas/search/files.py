@@ -1,0 +1,191 @@
+"""Files of a run that a kill at any moment cannot spoil.
+
+Whole files are written under a temporary name, flushed to disk and renamed, so a reader sees the old
+or the new content and never a part. ``metrics.jsonl`` grows by one line at a time; what a kill may
+leave half written is put right from the checkpoint when the run goes on
+(:meth:`RunDirectory.rewrite_metrics`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint.pt"
+GENOTYPE = "genotype.json"
+
+# No JSON file of a run comes near this; a foreign one is refused before it is read.
+_MAX_JSON_BYTES = 64 * 2**20
+
+
+def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that it is replaced whole or not at all.
+
+    Args:
+        path: file to write; its folder must exist.
+        write: receives the open binary temporary file (``<path>.tmp``) and fills it.
+
+    Raises:
+        OSError: the folder is missing, not writable or full; ``path`` is then as it was before.
+    """
+    target = Path(path)
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:  # noqa: ANN401
+    """Write ``value`` as indented JSON, atomically.
+
+    Raises:
+        TypeError: ``value`` holds something JSON has no form for.
+        OSError: as :func:`write_atomic`.
+    """
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomic(path, lambda file: _write_all(file, text.encode()))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:  # noqa: ANN401
+    """Read a JSON file that may come from anywhere.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or larger than 64 MiB.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file")
+    size = source.stat().st_size
+    if size > _MAX_JSON_BYTES:
+        raise ValueError(
+            f"{source}: expected a JSON file of at most 64 MiB, but it has {size} bytes"
+        )
+    try:
+        return json.loads(source.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{source}: not a JSON file ({error})") from None
+
+
+def append_jsonl(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Append one record as one line of JSON.
+
+    Raises:
+        TypeError: the record holds something JSON has no form for; nothing is written.
+        OSError: the file cannot be written.
+    """
+    line = json.dumps(dict(record)) + "\n"
+    # One write of one line: only a kill inside the system call can leave a part of it.
+    with open(path, "ab", buffering=0) as file:
+        _write_all(file, line.encode())
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read the records of a JSON-lines file; a half-written last line is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line other than an unfinished last one is not a JSON object.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file")
+    *lines, _unfinished = source.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError(f"{source}: line {number} is not a JSON object")
+        records.append(record)
+    return records
+
+
+class RunDirectory:
+    """The folder of one run and the names of the files in it.
+
+    Build it with :meth:`create` or :meth:`resume`. ``path`` is the folder; ``config``, ``metrics``,
+    ``checkpoint`` and ``genotype`` are the paths of its files.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Name the files of the folder ``path``; nothing is read or written."""
+        self.path = Path(path)
+        self.config = self.path / CONFIG
+        self.metrics = self.path / METRICS
+        self.checkpoint = self.path / CHECKPOINT
+        self.genotype = self.path / GENOTYPE
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was begun here (one of its files exists)."""
+        return any(p.exists() for p in (self.config, self.metrics, self.checkpoint, self.genotype))
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> RunDirectory:
+        """Begin a run: make the folder and write its ``config.json``.
+
+        Raises:
+            FileExistsError: the folder holds a run already, or ``path`` is a file.
+        """
+        run = cls(path)
+        if run.holds_run:
+            raise FileExistsError(
+                f"{run.path} already holds a run: continue it with --resume, "
+                "or choose another folder with --out"
+            )
+        if run.path.exists() and not run.path.is_dir():
+            raise FileExistsError(f"{run.path} is a file: choose another folder with --out")
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_json(run.config, dict(config))
+        return run
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """Open the folder of a run that was begun before.
+
+        The run may have been killed before its first checkpoint: ``run.checkpoint`` need not exist,
+        and the run then starts again from its configuration.
+
+        Raises:
+            FileNotFoundError: no run was begun there.
+        """
+        run = cls(path)
+        if not run.config.is_file():
+            raise FileNotFoundError(
+                f"{run.path} holds no run to continue ({CONFIG} is missing): start one without --resume"
+            )
+        return run
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Append the record of one epoch to ``metrics.jsonl``."""
+        append_jsonl(self.metrics, record)
+
+    def rewrite_metrics(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Make ``metrics.jsonl`` hold exactly ``records`` (the history kept in the checkpoint).
+
+        Called when a run goes on: drops a half-written line and the lines of epochs that the
+        checkpoint does not know, and brings back one that was lost.
+        """
+        text = "".join(json.dumps(dict(record)) + "\n" for record in records)
+        write_atomic(self.metrics, lambda file: _write_all(file, text.encode()))
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """Write all bytes; an unbuffered file may take only a part of them at once."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
