@@ -1,9 +1,10 @@
 """Checkpoints: written whole, read without running anything they contain.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, written by
-:func:`torch.save` under a temporary name and renamed. It is read with ``weights_only=True``, so a file
-from elsewhere cannot execute code. Random generators are stored beside the rest
-(:class:`RandomState`), which makes a resumed run on the CPU equal to an uninterrupted one, bit for bit.
+:func:`torch.save` under a temporary name and renamed. It is read with ``weights_only=True``, so a
+file from elsewhere cannot execute code. Random generators are stored beside the rest
+(:class:`RandomState`), which makes a resumed run on the CPU equal to an uninterrupted one, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from fastnas.search.files import write_atomic
 
 _FORMAT = 1
 
+# What torch.load raises for a truncated or foreign file.
+_UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError)
+
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message is one sentence that names the file and the reason."""
+    """A checkpoint cannot be used; the message is one sentence naming the file and the reason."""
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any], *, kind: str) -> None:
@@ -55,22 +59,15 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is truncated, no checkpoint of fastnas, of another format version, or
-            of another kind.
+        CheckpointError: the file is truncated, no checkpoint of fastnas, of another format version,
+            or of another kind.
     """
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such checkpoint")
     try:
         content = torch.load(source, map_location=map_location, weights_only=True)
-    except (
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(
             f"{source}: expected a checkpoint of fastnas, but it is truncated or something else "
             f"({type(error).__name__})"
@@ -86,7 +83,7 @@ def load_checkpoint(
         )
     if content.get("kind") != kind:
         raise CheckpointError(
-            f"{source}: expected the checkpoint of a {kind}, but it is that of a {content.get('kind')}"
+            f"{source}: expected a checkpoint of kind {kind!r}, but got {content.get('kind')!r}"
         )
     return content["state"]
 
@@ -94,8 +91,8 @@ def load_checkpoint(
 class RandomState:
     """The generators of Python, numpy and torch (CPU and CUDA), kept apart from the caller's.
 
-    Between :meth:`use` blocks the state rests in this object, so whatever else the program draws does
-    not change a run, and a run does not change what the program draws.
+    Between :meth:`use` blocks the state rests in this object, so whatever else the program draws
+    does not change a run, and a run does not change what the program draws.
 
     Args:
         seed: seeds all generators.
@@ -108,7 +105,9 @@ class RandomState:
         before = self._capture()
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if self._cuda:
+            torch.cuda.manual_seed_all(seed)
         self._state = self._capture()
         self._restore(before)
 
@@ -137,10 +136,10 @@ class RandomState:
 
     def _capture(self) -> dict[str, Any]:
         version, words, gauss = random.getstate()
-        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        name, keys, *rest = np.random.get_state(legacy=True)
         return {
             "python": [version, list(words), gauss],
-            "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+            "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if self._cuda else [],
         }
@@ -148,10 +147,8 @@ class RandomState:
     def _restore(self, state: Mapping[str, Any]) -> None:
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
-        name, keys, position, has_gauss, cached = state["numpy"]
-        np.random.set_state(
-            (name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached)
-        )
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
         torch.set_rng_state(state["torch"].cpu())
         if self._cuda and len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

@@ -1,8 +1,8 @@
 """Files of a run that a kill at any moment cannot spoil.
 
-Whole files are written under a temporary name, flushed to disk and renamed, so a reader sees the old
-or the new content and never a part. ``metrics.jsonl`` grows by one line at a time; what a kill may
-leave half written is put right from the checkpoint when the run goes on
+Whole files are written under a temporary name, flushed to disk and renamed, so a reader sees the
+old or the new content and never a part. ``metrics.jsonl`` grows by one line at a time; what a kill
+may leave half written is put right from the checkpoint when the run goes on
 (:meth:`RunDirectory.rewrite_metrics`).
 """
 
@@ -46,7 +46,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]
         raise
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:  # noqa: ANN401
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as indented JSON, atomically.
 
     Raises:
@@ -57,7 +57,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:  # noqa: ANN40
     write_atomic(path, lambda file: _write_all(file, text.encode()))
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:  # noqa: ANN401
+def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file that may come from anywhere.
 
     Raises:
@@ -69,9 +69,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:  # noqa: ANN401
         raise FileNotFoundError(f"{source}: no such file")
     size = source.stat().st_size
     if size > _MAX_JSON_BYTES:
-        raise ValueError(
-            f"{source}: expected a JSON file of at most 64 MiB, but it has {size} bytes"
-        )
+        raise ValueError(f"{source}: expected JSON of at most 64 MiB, but it has {size} bytes")
     try:
         return json.loads(source.read_bytes())
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -166,7 +164,8 @@ class RunDirectory:
         run = cls(path)
         if not run.config.is_file():
             raise FileNotFoundError(
-                f"{run.path} holds no run to continue ({CONFIG} is missing): start one without --resume"
+                f"{run.path} holds no run to continue ({CONFIG} is missing): "
+                "start one without --resume"
             )
         return run
 

@@ -1,8 +1,8 @@
 """Learning rates as closed forms of the epoch.
 
-Each value depends on the epoch alone, so a resumed run needs no scheduler state, and the porting trap
-of the DARTS scripts (a scheduler stepped at the start of the epoch skips the first value under recent
-PyTorch) cannot arise. Epochs count from 0; a rate is constant within an epoch.
+Each value depends on the epoch alone, so a resumed run needs no scheduler state, and the porting
+trap of the DARTS scripts (a scheduler stepped at the start of the epoch skips the first value under
+recent PyTorch) cannot arise. Epochs count from 0; a rate is constant within an epoch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ def learning_rate(
     high: float,
     low: float = 0.0,
     *,
-    schedule: ScheduleName = "cosine",
+    schedule: str = "cosine",
     warmup_epochs: int = 0,
     decay: float = 0.97,
 ) -> float:
     """Learning rate of one epoch.
 
-    * ``cosine``: ``low + (high - low) (1 + cos(pi e / T)) / 2`` (DARTS; 0.025 to 0.001 over 50 epochs
-      gives 0.025, 0.024976, ... 0.013 at e = 25, ... 0.001024).
-    * ``linear``: ``high (T - 5 - e) / (T - 5)``, and in the last 5 epochs ``high (T - e) / (5 (T - 5))``
-      (PC-DARTS, training on ImageNet). ``low`` is not used.
+    * ``cosine``: ``low + (high - low) (1 + cos(pi e / T)) / 2`` (DARTS; 0.025 to 0.001 over 50
+      epochs gives 0.025, 0.024976, ... 0.013 at e = 25, ... 0.001024).
+    * ``linear``: ``high (T - 5 - e) / (T - 5)``, and in the last 5 epochs
+      ``high (T - e) / (5 (T - 5))`` (PC-DARTS, training on ImageNet). ``low`` is not used.
     * ``exponential``: ``high decay^e`` (DARTS, training on ImageNet). ``low`` is not used.
     * ``constant``: ``high``.
 
@@ -40,7 +40,7 @@ def learning_rate(
         epochs: T, at least 1.
         high: rate at the start.
         low: rate towards which ``cosine`` falls.
-        schedule: which form.
+        schedule: one of the names above.
         warmup_epochs: number of epochs of linear warm-up, 0 for none.
         decay: factor of ``exponential`` per epoch.
 
@@ -75,8 +75,8 @@ def cosine(epoch: int, epochs: int, high: float, low: float = 0.0) -> float:
 
 
 def _linear(epoch: int, epochs: int, high: float) -> float:
-    # The last five epochs share one step of the line, as in the released script. Runs of five epochs
-    # or fewer have no room for that tail: they go straight down.
+    # The last five epochs share one step of the line, as in the released script. Runs of five
+    # epochs or fewer have no room for that tail: they go straight down.
     if epochs <= 5:
         return high * (epochs - epoch) / epochs
     if epochs - epoch > 5:
