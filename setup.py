@@ -8,6 +8,7 @@ CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to torch, DEBUG
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -32,16 +33,6 @@ class Cuda(NamedTuple):
     home: str = ""
     archs: str = ""  # as in TORCH_CUDA_ARCH_LIST: "7.5;8.0;12.0+PTX"
     missing: str = ""
-
-
-def import_torch() -> Any:
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        return None
-    return torch
 
 
 def output(*command: str) -> str:
@@ -78,10 +69,8 @@ def find_cuda(torch: Any) -> Cuda:
         return Cuda(missing="FASTNAS_CUDA=0 was set when it was installed")
     nvcc = find_nvcc()
     if nvcc is None:
-        looked = "PATH, CUDA_HOME, /usr/local/cuda"
-        return Cuda(
-            missing=f"torch {torch.__version__} has CUDA {version} but no nvcc was found ({looked})"
-        )
+        has = f"torch {torch.__version__} has CUDA {version}"
+        return Cuda(missing=f"{has} but no nvcc was found (PATH, CUDA_HOME, /usr/local/cuda)")
     release = re.search(r"release (\d+)\.(\d+)", output(nvcc, "--version"))
     # nvcc on PATH may be a script that calls another one: nvcc itself knows where its toolkit is
     top = re.search(r"^#\$ TOP=(.+)$", output(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull), re.M)
@@ -120,23 +109,29 @@ def toolkit_includes(torch: Any, cuda: Cuda) -> list[str]:
     ]
 
 
-def extension(torch: Any, cuda: Cuda) -> Extension:
+def extension(torch: Any, cuda: Cuda) -> tuple[Extension, type]:
+    """The extension and torch's build_ext command, which knows how to compile it."""
     if cuda.home:  # torch reads both when cpp_extension is imported
         os.environ["CUDA_HOME"] = cuda.home
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.archs
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
     optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     includes = toolkit_includes(torch, cuda)
-    folders = ["csrc", "csrc/cpu"] + (["csrc/cuda"] if cuda.home else [])
-    facts = {"VERSION": cuda.version, "ARCHS": cuda.archs, "MISSING_REASON": cuda.missing}
-    macros = [(f"FASTNAS_CUDA_{name}", f'"{value}"') for name, value in facts.items()]
-    files = sorted(path for folder in folders for path in glob(f"{folder}/*.*"))
+    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
+    if cuda.home:
+        patterns += ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
+    facts = {
+        "TORCH_VERSION": torch.__version__,
+        "CUDA_VERSION": cuda.version,
+        "CUDA_ARCHS": cuda.archs,
+        "CUDA_MISSING_REASON": cuda.missing,
+    }
+    macros = [(f"FASTNAS_{name}", f'"{value}"') for name, value in facts.items()]
     result = (CUDAExtension if cuda.home else CppExtension)(
         "fastnas._C",
-        sources=[path for path in files if path.endswith((".cpp", ".cu"))],
-        depends=[path for path in files if path.endswith((".h", ".cuh"))],
+        sources=sorted(path for pattern in patterns for path in glob(pattern)),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros + ([("FASTNAS_CUDA", "1")] if cuda.home else []),
         extra_compile_args={
@@ -149,7 +144,7 @@ def extension(torch: Any, cuda: Cuda) -> Extension:
     if cuda.home and not any(Path(cuda.home).glob("lib*/libcudart.so")):
         # a toolkit from wheels has only libcudart.so.N, which libc10_cuda brings along
         result.libraries = [name for name in result.libraries if name != "cudart"]
-    return result
+    return result, BuildExtension
 
 
 def torch_requirement(version: str) -> str:
@@ -161,8 +156,7 @@ def torch_requirement(version: str) -> str:
 
 def main() -> None:
     os.chdir(ROOT)
-    torch = import_torch()
-    if torch is None:
+    if importlib.util.find_spec("torch") is None:
         if BUILDS & set(sys.argv):
             sys.exit(
                 "fastnas needs torch to build its kernels: pip install torch, then run this again "
@@ -170,14 +164,17 @@ def main() -> None:
             )
         setup(install_requires=[MINIMUM_TORCH, *REQUIRES])
         return
-    from torch.utils.cpp_extension import BuildExtension
+    import torch
 
     cuda = find_cuda(torch)
     announce(torch, cuda)
+    module, build_ext = extension(torch, cuda)
     setup(
         install_requires=[torch_requirement(torch.__version__), *REQUIRES],
-        ext_modules=[extension(torch, cuda)],
-        cmdclass={"build_ext": BuildExtension},
+        ext_modules=[module],
+        cmdclass={"build_ext": build_ext},
+        # setuptools would reuse a binary made for another torch; ninja sees that flags have changed
+        options={"build_ext": {"force": True}},
     )
 
 

@@ -4,22 +4,11 @@
 
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
-#include <torch/headeronly/version.h>
 
-// setup.py passes these; an empty CUDA version means that there are no CUDA kernels.
-#ifndef FASTNAS_CUDA_VERSION
-#define FASTNAS_CUDA_VERSION ""
-#endif
-#ifndef FASTNAS_CUDA_ARCHS
-#define FASTNAS_CUDA_ARCHS ""
-#endif
-#ifndef FASTNAS_CUDA_MISSING_REASON
-#define FASTNAS_CUDA_MISSING_REASON ""
-#endif
-
+// setup.py passes the facts; an empty CUDA version means that there are no CUDA kernels.
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of fastnas: importing this registers torch.ops.fastnas.*";
-  m.attr("torch_version") = TORCH_VERSION;
+  m.attr("torch_version") = FASTNAS_TORCH_VERSION;
   m.attr("cuda_version") = FASTNAS_CUDA_VERSION;
   m.attr("cuda_archs") = FASTNAS_CUDA_ARCHS;
   m.attr("cuda_missing_reason") = FASTNAS_CUDA_MISSING_REASON;
