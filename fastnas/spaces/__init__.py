@@ -1,0 +1,38 @@
+"""Search spaces: what is searched. A new space is a package beside ``darts`` and a row here."""
+
+from __future__ import annotations
+
+from fastnas.spaces import darts
+from fastnas.spaces.base import CellSpec, CellWeights, Space
+from fastnas.spaces.counting import (
+    OperationCounts,
+    count_macs,
+    count_operations,
+    count_parameters,
+)
+
+__all__ = [
+    "SPACES",
+    "CellSpec",
+    "CellWeights",
+    "OperationCounts",
+    "Space",
+    "count_macs",
+    "count_operations",
+    "count_parameters",
+    "get_space",
+]
+
+SPACES: dict[str, Space] = {space.name: space for space in (darts.SPACE,)}
+"""All spaces by name."""
+
+
+def get_space(name: str) -> Space:
+    """Return the space called ``name``.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in SPACES:
+        raise ValueError(f"space: unknown name {name!r}, known are {', '.join(SPACES)}")
+    return SPACES[name]

@@ -1,0 +1,20 @@
+"""The cell space of DARTS and of the methods that search it (PC-DARTS, DA2S and others)."""
+
+from __future__ import annotations
+
+from fastnas.spaces.base import Space
+from fastnas.spaces.darts.derive import derive
+from fastnas.spaces.darts.genotype import GENOTYPES, Genotype
+from fastnas.spaces.darts.network import Network
+from fastnas.spaces.darts.supernet import Supernet
+
+__all__ = ["GENOTYPES", "SPACE", "Genotype", "Network", "Supernet", "derive"]
+
+SPACE = Space(
+    name="darts",
+    supernet=Supernet,
+    network=Network,
+    genotype=Genotype,
+    derive=derive,
+    genotypes=GENOTYPES,
+)

@@ -1,0 +1,207 @@
+"""The DARTS supernet: every edge carries all candidates, mixed by weights that a method computes.
+
+DARTS (Liu et al., ICLR 2019), section 2.1 and appendix A.1; with ``partial_channels`` above 1 that
+of PC-DARTS (Xu et al., ICLR 2020), section 3. Attribute names are those of the published code, so
+that its state dicts load strictly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastnas.nn.candidates import DARTS_PRIMITIVES
+from fastnas.nn.mixed_op import MixedOp
+from fastnas.nn.partial import PartialMixedOp
+from fastnas.ops import mixed_sum
+from fastnas.spaces.base import CellSpec, CellWeights
+from fastnas.spaces.darts.backbone import (
+    LayerPlan,
+    build_stems,
+    check_images,
+    check_positive,
+    plan_layers,
+    preprocess_layers,
+)
+
+__all__ = ["Cell", "Supernet", "node_sum"]
+
+STEPS = 4
+"""Intermediate nodes of a cell; all of them make up its output."""
+
+STEM_MULTIPLIER = 3
+"""Width of the stem in multiples of C."""
+
+
+def node_sum(
+    states: Sequence[Tensor],
+    ops: Sequence[nn.Module],
+    op_weights: Sequence[Tensor],
+    edge_weights: Tensor | None,
+) -> Tensor:
+    """Return one intermediate node: ``sum_j edge_weights[j] * ops[j](states[j], op_weights[j])``.
+
+    Args:
+        states: the states before the node, each ``(N, C, H, W)``.
+        ops: the mixed op of each edge, in the states' order.
+        op_weights: ``[K]`` for each edge.
+        edge_weights: ``[len(states)]``, or None for a plain sum (DARTS).
+    """
+    outputs = [op(x, w) for op, x, w in zip(ops, states, op_weights, strict=True)]
+    return mixed_sum(outputs, [1.0] * len(outputs) if edge_weights is None else edge_weights)
+
+
+class Cell(nn.Module):
+    """A cell of the supernet: two inputs, four nodes, an edge from every state to every later one.
+
+    In a reduction cell the edges that leave the two inputs have stride 2.
+    """
+
+    def __init__(
+        self, plan: LayerPlan, partial_channels: int, primitives: Sequence[str] = DARTS_PRIMITIVES
+    ) -> None:
+        """Build for the widths of ``plan``; BatchNorms are not affine in search."""
+        super().__init__()
+        self.reduction = plan.reduction
+        self._steps = STEPS
+        self._multiplier = STEPS
+        self.preprocess0, self.preprocess1 = preprocess_layers(plan, affine=False)
+        self._ops = nn.ModuleList()
+        for node in range(STEPS):
+            for source in range(2 + node):
+                stride = 2 if plan.reduction and source < 2 else 1
+                self._ops.append(_build_edge(plan.C, stride, partial_channels, primitives))
+
+    def forward(self, s0: Tensor, s1: Tensor, weights: CellWeights) -> Tensor:
+        """Map the outputs of the two cells before to ``(N, 4 C, H', W')``."""
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        ops = list(self._ops)
+        rows = weights.ops.unbind(0)
+        start = 0
+        for _ in range(self._steps):
+            stop = start + len(states)
+            edges = None if weights.edges is None else weights.edges[start:stop]
+            states.append(node_sum(states, ops[start:stop], rows[start:stop], edges))
+            start = stop
+        return torch.cat(states[-self._multiplier :], dim=1)
+
+
+def _build_edge(C: int, stride: int, partial_channels: int, primitives: Sequence[str]) -> nn.Module:
+    if partial_channels == 1:
+        return MixedOp(C, stride, primitives)
+    return PartialMixedOp(C, stride, k=partial_channels, primitives=primitives)
+
+
+class Supernet(nn.Module):
+    """Stem, a stack of cells, global average pooling and a linear classifier.
+
+    Cells floor(L/3) and floor(2L/3) are reduction cells: they halve the image and double the
+    width. The architecture weights come with every call and are no part of the module.
+
+    Attributes:
+        cell_specs: for the kinds ``normal`` and ``reduce``, the edges and candidates of a cell.
+    """
+
+    def __init__(
+        self,
+        C: int = 16,
+        layers: int = 8,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        partial_channels: int = 1,
+        stem: str = "cifar",
+        primitives: Sequence[str] = DARTS_PRIMITIVES,
+    ) -> None:
+        """Build with PyTorch's default initialisation.
+
+        Args:
+            C: channels of the first cell's nodes; the stem has 3 C.
+            layers: number of cells, at least 3, so that both kinds of cell occur.
+            num_classes: width of the classifier.
+            in_channels: channels of the images.
+            partial_channels: k of PC-DARTS: the candidates see C / k channels (4 on CIFAR, 2 on
+                ImageNet in the paper); 1 is DARTS.
+            stem: ``cifar`` (image size kept) or ``imagenet`` (an eighth of it).
+            primitives: candidates of every edge.
+
+        Raises:
+            ValueError: a number that is not positive, fewer than 3 layers, C not divisible by
+                ``partial_channels``, odd C with the ``imagenet`` stem, unknown stem or candidate.
+        """
+        super().__init__()
+        check_positive(
+            C=C,
+            layers=layers,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            partial_channels=partial_channels,
+        )
+        if layers < 3:
+            raise ValueError(
+                f"layers must be at least 3, got {layers}: cells floor(L/3) and floor(2L/3) "
+                "reduce, which leaves no normal cell to search"
+            )
+        if C % partial_channels:
+            raise ValueError(
+                f"C must be a multiple of partial_channels, got {C} and {partial_channels}"
+            )
+        if stem == "imagenet" and C % 2:
+            raise ValueError(f"C must be even with the imagenet stem, got {C}")
+        primitives = tuple(primitives)
+        spec = CellSpec(tuple(range(2, 2 + STEPS)), primitives)
+        self.cell_specs: dict[str, CellSpec] = {"normal": spec, "reduce": spec}
+        self._layers = layers
+        self._in_channels = in_channels
+        self._stem_kind = stem
+        width = STEM_MULTIPLIER * C
+        for name, module in build_stems(stem, in_channels, width).items():
+            self.add_module(name, module)
+        plans = plan_layers(C, layers, width, stem, (STEPS, STEPS))
+        self.cells = nn.ModuleList(Cell(plan, partial_channels, primitives) for plan in plans)
+        self.global_pooling = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(STEPS * plans[-1].C, num_classes)
+
+    def uniform_weights(self) -> dict[str, CellWeights]:
+        """Return equal weights that sum to 1 on each edge, as before any search."""
+        weight = self.classifier.weight
+        return {
+            kind: CellWeights(
+                weight.new_full((spec.edges, len(spec.primitives)), 1 / len(spec.primitives))
+            )
+            for kind, spec in self.cell_specs.items()
+        }
+
+    def forward(self, x: Tensor, weights: Mapping[str, CellWeights]) -> Tensor:
+        """Map images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``.
+
+        Args:
+            x: images, floating point, of the parameters' device; see ``check_images`` for sizes.
+            weights: for each kind in ``cell_specs``, ``ops`` ``[14, K]`` and ``edges`` ``[14]`` or
+                None.
+
+        Raises:
+            ValueError: wrong shape of ``x`` or of the weights, or a missing kind.
+            TypeError: a value of ``weights`` is not a ``CellWeights``.
+        """
+        check_images(x, self._in_channels, self._stem_kind, self._layers)
+        self._check_weights(weights)
+        if self._stem_kind == "cifar":
+            s0 = s1 = self.stem(x)
+        else:
+            s0 = self.stem0(x)
+            s1 = self.stem1(s0)
+        for cell in self.cells:
+            s0, s1 = s1, cell(s0, s1, weights["reduce" if cell.reduction else "normal"])
+        return self.classifier(self.global_pooling(s1).flatten(1))
+
+    def _check_weights(self, weights: Mapping[str, CellWeights]) -> None:
+        for kind, spec in self.cell_specs.items():
+            if kind not in weights:
+                raise ValueError(f"weights: the kind {kind!r} is missing, got {sorted(weights)}")
+            if not isinstance(weights[kind], CellWeights):
+                raise TypeError(
+                    f"weights[{kind!r}]: wanted CellWeights, got {type(weights[kind]).__name__}"
+                )
+            spec.check_weights(kind, weights[kind])
