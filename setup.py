@@ -36,15 +36,15 @@ class Cuda(NamedTuple):
 
 
 def output(*command: str) -> str:
+    """What a command that succeeds prints on either stream; "" if it fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.stdout if done.returncode == 0 else ""
 
 
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
-    candidates = [f"{home}/bin/nvcc" if home else None, shutil.which("nvcc")]
-    candidates.append("/usr/local/cuda/bin/nvcc")
-    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+    places = [home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    return next((path for path in places if path and os.access(path, os.X_OK)), None)
 
 
 def wanted_archs(torch: Any, nvcc: str) -> str:
@@ -55,8 +55,8 @@ def wanted_archs(torch: Any, nvcc: str) -> str:
         archs = {"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(count)}
     else:  # torch.cuda.get_arch_list() would be empty on some releases when there is no GPU
         archs = set(re.findall(r"sm_(\d+)\b", torch._C._cuda_getArchFlags() or ""))
-        archs &= set(re.findall(r"sm_(\d+)\b", output(nvcc, "--list-gpu-code")))
-    ordered = sorted(archs, key=int)
+    known = set(re.findall(r"sm_(\d+)\b", output(nvcc, "--list-gpu-code")))
+    ordered = sorted(archs & known, key=int)
     return ";".join(f"{arch[:-1]}.{arch[-1]}" for arch in ordered) + "+PTX" if ordered else ""
 
 
@@ -77,15 +77,11 @@ def find_cuda(torch: Any) -> Cuda:
     if release is None or top is None:
         return Cuda(missing=f"{nvcc} does not run")
     if release[1] != version.split(".")[0]:
-        return Cuda(
-            missing=f"nvcc is {release[1]}.{release[2]} but torch was built for CUDA {version}: "
-            f"point CUDA_HOME at a {version.split('.')[0]}.x toolkit, or set FASTNAS_CUDA=0"
-        )
+        found = f"nvcc is {release[1]}.{release[2]} but torch was built for CUDA {version}"
+        return Cuda(missing=f"{found}: point CUDA_HOME at a {version.split('.')[0]}.x toolkit")
     archs = wanted_archs(torch, nvcc)
     if not archs:
-        return Cuda(
-            missing=f"torch {torch.__version__} and {nvcc} have no GPU architecture in common"
-        )
+        return Cuda(missing=f"torch {torch.__version__} and {nvcc} share no GPU architecture")
     return Cuda(version, str(Path(top[1]).resolve()), archs)
 
 
@@ -103,18 +99,15 @@ def toolkit_includes(torch: Any, cuda: Cuda) -> list[str]:
     """-isystem flags for the headers that a bare toolkit lacks and torch's own wheels bring."""
     if not cuda.home or Path(cuda.home, "include", "cusparse.h").exists():
         return []
-    site = Path(torch.__file__).parents[1]
-    return [
-        flag for path in sorted(site.glob("nvidia/*/include")) for flag in ("-isystem", str(path))
-    ]
+    folders = sorted(Path(torch.__file__).parents[1].glob("nvidia/*/include"))
+    return [flag for folder in folders for flag in ("-isystem", str(folder))]
 
 
-def extension(torch: Any, cuda: Cuda) -> tuple[Extension, type]:
-    """The extension and torch's build_ext command, which knows how to compile it."""
+def extension(torch: Any, cuda: Cuda) -> Extension:
     if cuda.home:  # torch reads both when cpp_extension is imported
         os.environ["CUDA_HOME"] = cuda.home
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.archs
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
     optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
@@ -122,18 +115,13 @@ def extension(torch: Any, cuda: Cuda) -> tuple[Extension, type]:
     patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
     if cuda.home:
         patterns += ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
-    facts = {
-        "TORCH_VERSION": torch.__version__,
-        "CUDA_VERSION": cuda.version,
-        "CUDA_ARCHS": cuda.archs,
-        "CUDA_MISSING_REASON": cuda.missing,
-    }
-    macros = [(f"FASTNAS_{name}", f'"{value}"') for name, value in facts.items()]
+    facts = {"VERSION": cuda.version, "ARCHS": cuda.archs, "MISSING_REASON": cuda.missing}
+    macros = [(f"FASTNAS_CUDA_{name}", f'"{value}"') for name, value in facts.items()]
     result = (CUDAExtension if cuda.home else CppExtension)(
         "fastnas._C",
         sources=sorted(path for pattern in patterns for path in glob(pattern)),
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=macros + ([("FASTNAS_CUDA", "1")] if cuda.home else []),
+        define_macros=[("FASTNAS_TORCH_VERSION", f'"{torch.__version__}"'), *macros],
         extra_compile_args={
             "cxx": [*optimise, "-fopenmp", "-fvisibility=hidden", "-Wall", *includes],
             "nvcc": ["-O3", "--expt-relaxed-constexpr", "-t", "2", *includes],
@@ -144,7 +132,24 @@ def extension(torch: Any, cuda: Cuda) -> tuple[Extension, type]:
     if cuda.home and not any(Path(cuda.home).glob("lib*/libcudart.so")):
         # a toolkit from wheels has only libcudart.so.N, which libc10_cuda brings along
         result.libraries = [name for name in result.libraries if name != "cudart"]
-    return result, BuildExtension
+    return result
+
+
+def build_ext_command() -> type:
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildExt(BuildExtension):
+        """Keeps x.cpp and x.cu apart, which both would be compiled to x.o."""
+
+        def build_extensions(self) -> None:
+            names = self.compiler.object_filenames
+            self.compiler.object_filenames = lambda sources, *args, **kwargs: [
+                f"{Path(name).with_suffix('')}{Path(source).suffix}.o"
+                for name, source in zip(names(sources, *args, **kwargs), sources, strict=True)
+            ]
+            super().build_extensions()
+
+    return BuildExt
 
 
 def torch_requirement(version: str) -> str:
@@ -168,11 +173,10 @@ def main() -> None:
 
     cuda = find_cuda(torch)
     announce(torch, cuda)
-    module, build_ext = extension(torch, cuda)
     setup(
         install_requires=[torch_requirement(torch.__version__), *REQUIRES],
-        ext_modules=[module],
-        cmdclass={"build_ext": build_ext},
+        ext_modules=[extension(torch, cuda)],
+        cmdclass={"build_ext": build_ext_command()},
         # setuptools would reuse a binary made for another torch; ninja sees that flags have changed
         options={"build_ext": {"force": True}},
     )
