@@ -18,7 +18,15 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["CUDA_MISSING_REASON", "CUDA_VERSION", "has_kernels", "load"]
+__all__ = [
+    "CUDA_ARCHS",
+    "CUDA_MISSING_REASON",
+    "CUDA_VERSION",
+    "TORCH_VERSION",
+    "cpu_instruction_set",
+    "has_kernels",
+    "load",
+]
 
 _REBUILD = "rebuild with: pip install --force-reinstall --no-deps ."
 
@@ -94,8 +102,12 @@ def load() -> ModuleType:
 
 _C = load()
 
+#: torch the kernels were built for, e.g. "2.13.0+cpu".
+TORCH_VERSION: str = _C.torch_version
 #: CUDA release the kernels were built for, "" when there are only CPU kernels.
 CUDA_VERSION: str = _C.cuda_version
+#: GPU architectures they were compiled for, as in TORCH_CUDA_ARCH_LIST: "8.0;9.0+PTX".
+CUDA_ARCHS: str = _C.cuda_archs
 #: Why there are no CUDA kernels, "" when there are.
 CUDA_MISSING_REASON: str = _C.cuda_missing_reason
 
@@ -134,3 +146,11 @@ def _falls_back(device_type: str) -> bool:
             stacklevel=3,
         )
     return False
+
+
+def cpu_instruction_set() -> str:
+    """The CPU instruction set that torch and the kernels run with, e.g. ``"AVX512"``.
+
+    The environment variable ATEN_CPU_CAPABILITY (default, avx2, avx512) lowers it.
+    """
+    return str(_C.cpu_capability())
