@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: written whole, read without running anything they contain.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, written by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of a run that a kill at any moment cannot spoil.
 
 Whole files are written under a temporary name, flushed to disk and renamed, so a reader sees the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learning rates as closed forms of the epoch.
 
 Each value depends on the epoch alone, so a resumed run needs no scheduler state, and the porting

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an architecture is searched: one short file a paper.
+
+``METHODS`` maps the name of a method to its class; ``register_method`` enters one of your own.
+"""
+
+from __future__ import annotations
+
+from fastnas.methods.base import (
+    METHODS,
+    ArchParameters,
+    Method,
+    MethodOptions,
+    Moment,
+    register_method,
+)
+from fastnas.methods.darts import Darts, DartsOptions
+from fastnas.methods.learner import Batch, Learner, Outcome
+from fastnas.methods.pc_darts import PCDarts, PCDartsOptions
+
+__all__ = [
+    "METHODS",
+    "ArchParameters",
+    "Batch",
+    "Darts",
+    "DartsOptions",
+    "Learner",
+    "Method",
+    "MethodOptions",
+    "Moment",
+    "Outcome",
+    "PCDarts",
+    "PCDartsOptions",
+    "register_method",
+]
