@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Candidate operations of the DARTS cell, and the registry that builds them by name.
 
 Structure as in DARTS (Liu et al., ICLR 2019, section 3.1.1): convolutions carry no bias, a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Search spaces: what is searched. A new space is a package beside ``darts`` and a row here."""
 
 from __future__ import annotations

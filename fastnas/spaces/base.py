@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every search space shares: the shape of a cell's choices, and the entry of the registry.
 
 A space knows nothing of methods. It says, per cell kind, how many edges there are and which

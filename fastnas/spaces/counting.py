@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters and multiply-accumulates of a network, counted exactly.
 
 The literature uses two conventions. DARTS speaks of multiply-adds of convolutions and linear

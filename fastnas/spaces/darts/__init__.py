@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cell space of DARTS and of the methods that search it (PC-DARTS, DA2S and others)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the supernet and the derived network of the DARTS space share: stems and stack of cells."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from fastnas.nn.candidates import FactorizedReduce, ReLUConvBN
 __all__ = [
     "STEMS",
     "LayerPlan",
-    "build_stems",
+    "Stemmed",
     "check_images",
     "check_positive",
     "plan_layers",
@@ -92,28 +93,56 @@ def preprocess_layers(plan: LayerPlan, affine: bool) -> tuple[nn.Module, nn.Modu
     return preprocess0, ReLUConvBN(plan.C_prev, plan.C, 1, 1, 0, affine=affine)
 
 
-def build_stems(stem: str, in_channels: int, width: int) -> dict[str, nn.Sequential]:
-    """Build the stem of ``width`` channels, by the attribute names of the published code.
+class Stemmed(nn.Module):
+    """A network that begins with one of the two stems, under the names of the published code.
 
-    ``cifar`` is one convolution and BatchNorm, ``stem``. ``imagenet`` is ``stem0``, a quarter of
-    the image's size, and ``stem1`` behind it, an eighth. Their BatchNorms are affine in search too.
-
-    Raises:
-        ValueError: an unknown stem.
+    ``cifar`` is one convolution and BatchNorm, ``stem``, which keeps the image size. ``imagenet``
+    is ``stem0``, a quarter of the size, and ``stem1`` behind it, an eighth. Their BatchNorms are
+    affine in search too.
     """
-    if stem == "cifar":
-        return {"stem": nn.Sequential(_conv3x3(in_channels, width, 1), nn.BatchNorm2d(width))}
-    if stem == "imagenet":
-        stem0 = nn.Sequential(
+
+    stem: nn.Sequential
+    stem0: nn.Sequential
+    stem1: nn.Sequential
+
+    def __init__(self, stem: str, in_channels: int, width: int, layers: int) -> None:
+        """Build the stem of ``width`` channels for a network of ``layers`` cells.
+
+        Raises:
+            ValueError: an unknown stem, or an odd width with ``imagenet``.
+        """
+        super().__init__()
+        if stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
+        if stem == "imagenet" and width % 2:
+            raise ValueError(f"C must be even with the imagenet stem, got a width of {width}")
+        self._stem_kind = stem
+        self._in_channels = in_channels
+        self._layers = layers
+        if stem == "cifar":
+            self.stem = nn.Sequential(_conv3x3(in_channels, width, 1), nn.BatchNorm2d(width))
+            return
+        self.stem0 = nn.Sequential(
             _conv3x3(in_channels, width // 2, 2),
             nn.BatchNorm2d(width // 2),
             nn.ReLU(),
             _conv3x3(width // 2, width, 2),
             nn.BatchNorm2d(width),
         )
-        stem1 = nn.Sequential(nn.ReLU(), _conv3x3(width, width, 2), nn.BatchNorm2d(width))
-        return {"stem0": stem0, "stem1": stem1}
-    raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
+        self.stem1 = nn.Sequential(nn.ReLU(), _conv3x3(width, width, 2), nn.BatchNorm2d(width))
+
+    def stem_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two inputs of the first cell.
+
+        Raises:
+            ValueError: images that the network cannot take, see ``check_images``.
+        """
+        check_images(x, self._in_channels, self._stem_kind, self._layers)
+        if self._stem_kind == "cifar":
+            out = self.stem(x)
+            return out, out
+        s0 = self.stem0(x)
+        return s0, self.stem1(s0)
 
 
 def _conv3x3(C_in: int, C_out: int, stride: int) -> nn.Conv2d:

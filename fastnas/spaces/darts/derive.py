@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From scores to a genotype: the discretization rule of DARTS (ICLR 2019, section 2.4)."""
 
 from __future__ import annotations

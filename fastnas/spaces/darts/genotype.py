@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Genotypes of the DARTS space: what a search finds, as a value, a JSON file and a line of text."""
 
 from __future__ import annotations
@@ -268,10 +269,10 @@ def _literal(node: ast.expr) -> str | int | list[object]:
         and not node.keywords
         and len(node.args) == 2
     ):
-        bounds = [_literal(argument) for argument in node.args]
-        if all(_is_index(bound) and 0 <= bound <= _MAX_NODES + 2 for bound in bounds):
-            return list(range(*bounds))
-        raise ValueError(f"genotype: range bounds from 0 to {_MAX_NODES + 2} are wanted")
+        first, stop = (_literal(argument) for argument in node.args)
+        if isinstance(first, int) and isinstance(stop, int) and stop <= _MAX_NODES + 2:
+            return list(range(first, stop))
+        raise ValueError(f"genotype: range wants two integers up to {_MAX_NODES + 2}")
     raise ValueError(
         "genotype: only strings, integers, lists, tuples and range(a, b) are taken, "
         f"found {type(node).__name__}"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The network of a genotype, as it is trained and deployed after the search.
 
 DARTS (Liu et al., ICLR 2019), section 3.1 and appendix A.2: BatchNorms are affine, none follows a
@@ -14,8 +15,7 @@ from torch import Tensor, nn
 from fastnas.nn.candidates import build_candidate
 from fastnas.spaces.darts.backbone import (
     LayerPlan,
-    build_stems,
-    check_images,
+    Stemmed,
     check_positive,
     plan_layers,
     preprocess_layers,
@@ -134,7 +134,7 @@ class AuxiliaryHead(nn.Module):
         return self.classifier(self.features(x).flatten(1))
 
 
-class Network(nn.Module):
+class Network(Stemmed):
     """Stem, a stack of cells, global average pooling and a linear classifier.
 
     Cells floor(L/3) and floor(2L/3) are reduction cells. With one or two layers every cell is a
@@ -169,19 +169,12 @@ class Network(nn.Module):
             ValueError: a number that is not positive, ``drop_path`` outside 0 <= p < 1, odd C with
                 the ``imagenet`` stem, unknown stem.
         """
-        super().__init__()
         if not isinstance(genotype, Genotype):
             raise TypeError(f"genotype: wanted a Genotype, got {type(genotype).__name__}")
         check_positive(C=C, layers=layers, num_classes=num_classes, in_channels=in_channels)
-        if stem == "imagenet" and C % 2:
-            raise ValueError(f"C must be even with the imagenet stem, got {C}")
-        self.drop_path_prob = drop_path
-        self._layers = layers
-        self._in_channels = in_channels
-        self._stem_kind = stem
         width = C if stem == "imagenet" else STEM_MULTIPLIER * C
-        for name, module in build_stems(stem, in_channels, width).items():
-            self.add_module(name, module)
+        super().__init__(stem, in_channels, width, layers)
+        self.drop_path_prob = drop_path
         widths = (len(genotype.normal_concat), len(genotype.reduce_concat))
         plans = plan_layers(C, layers, width, stem, widths)
         self.cells = nn.ModuleList(Cell(genotype, plan) for plan in plans)
@@ -212,12 +205,7 @@ class Network(nn.Module):
         Raises:
             ValueError: wrong shape of ``x``, see ``check_images``.
         """
-        check_images(x, self._in_channels, self._stem_kind, self._layers)
-        if self._stem_kind == "cifar":
-            s0 = s1 = self.stem(x)
-        else:
-            s0 = self.stem0(x)
-            s1 = self.stem1(s0)
+        s0, s1 = self.stem_outputs(x)
         probability = self._drop_path_prob if self.training else 0.0
         auxiliary_logits = None
         for index, cell in enumerate(self.cells):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The DARTS supernet: every edge carries all candidates, mixed by weights that a method computes.
 
 DARTS (Liu et al., ICLR 2019), section 2.1 and appendix A.1; with ``partial_channels`` above 1 that
@@ -8,6 +9,8 @@ that its state dicts load strictly.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +22,7 @@ from fastnas.ops import mixed_sum
 from fastnas.spaces.base import CellSpec, CellWeights
 from fastnas.spaces.darts.backbone import (
     LayerPlan,
-    build_stems,
-    check_images,
+    Stemmed,
     check_positive,
     plan_layers,
     preprocess_layers,
@@ -50,7 +52,10 @@ def node_sum(
         edge_weights: ``[len(states)]``, or None for a plain sum (DARTS).
     """
     outputs = [op(x, w) for op, x, w in zip(ops, states, op_weights, strict=True)]
-    return mixed_sum(outputs, [1.0] * len(outputs) if edge_weights is None else edge_weights)
+    if edge_weights is None:
+        # Not mixed_sum: the gradient of a plain sum is one tensor that all edges share.
+        return reduce(add, outputs)
+    return mixed_sum(outputs, edge_weights)
 
 
 class Cell(nn.Module):
@@ -94,7 +99,7 @@ def _build_edge(C: int, stride: int, partial_channels: int, primitives: Sequence
     return PartialMixedOp(C, stride, k=partial_channels, primitives=primitives)
 
 
-class Supernet(nn.Module):
+class Supernet(Stemmed):
     """Stem, a stack of cells, global average pooling and a linear classifier.
 
     Cells floor(L/3) and floor(2L/3) are reduction cells: they halve the image and double the
@@ -130,7 +135,6 @@ class Supernet(nn.Module):
             ValueError: a number that is not positive, fewer than 3 layers, C not divisible by
                 ``partial_channels``, odd C with the ``imagenet`` stem, unknown stem or candidate.
         """
-        super().__init__()
         check_positive(
             C=C,
             layers=layers,
@@ -138,6 +142,8 @@ class Supernet(nn.Module):
             in_channels=in_channels,
             partial_channels=partial_channels,
         )
+        width = STEM_MULTIPLIER * C
+        super().__init__(stem, in_channels, width, layers)
         if layers < 3:
             raise ValueError(
                 f"layers must be at least 3, got {layers}: cells floor(L/3) and floor(2L/3) "
@@ -147,17 +153,9 @@ class Supernet(nn.Module):
             raise ValueError(
                 f"C must be a multiple of partial_channels, got {C} and {partial_channels}"
             )
-        if stem == "imagenet" and C % 2:
-            raise ValueError(f"C must be even with the imagenet stem, got {C}")
         primitives = tuple(primitives)
         spec = CellSpec(tuple(range(2, 2 + STEPS)), primitives)
         self.cell_specs: dict[str, CellSpec] = {"normal": spec, "reduce": spec}
-        self._layers = layers
-        self._in_channels = in_channels
-        self._stem_kind = stem
-        width = STEM_MULTIPLIER * C
-        for name, module in build_stems(stem, in_channels, width).items():
-            self.add_module(name, module)
         plans = plan_layers(C, layers, width, stem, (STEPS, STEPS))
         self.cells = nn.ModuleList(Cell(plan, partial_channels, primitives) for plan in plans)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
@@ -185,13 +183,8 @@ class Supernet(nn.Module):
             ValueError: wrong shape of ``x`` or of the weights, or a missing kind.
             TypeError: a value of ``weights`` is not a ``CellWeights``.
         """
-        check_images(x, self._in_channels, self._stem_kind, self._layers)
         self._check_weights(weights)
-        if self._stem_kind == "cifar":
-            s0 = s1 = self.stem(x)
-        else:
-            s0 = self.stem0(x)
-            s1 = self.stem1(s0)
+        s0, s1 = self.stem_outputs(x)
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, weights["reduce" if cell.reduction else "normal"])
         return self.classifier(self.global_pooling(s1).flatten(1))
