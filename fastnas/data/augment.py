@@ -1,7 +1,8 @@
 """Augmentation of whole batches on the device.
 
-Every random number of an epoch is drawn beforehand, one row a position of the epoch (`Augment.draw`); what
-happens to an image therefore depends on its position only, not on where an epoch was resumed.
+Every random number of an epoch is drawn beforehand, one row a position of the epoch
+(`Augment.draw`); what happens to an image therefore depends on its position only, not on where an
+epoch was resumed.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ class Augment:
 
     Attributes:
         crop_padding: pixels of black added on every side before a random crop of the old size.
-        resized_crop: smallest share of the area (0 to 1) of a random crop that is resized to the image
-            size; 0.08 for ImageNet. Excludes `crop_padding`.
+        resized_crop: smallest share of the area (0 to 1) of a random crop that is resized to the
+            image size; 0.08 for ImageNet. Excludes `crop_padding`.
         flip: mirror half of the images left to right.
-        color_jitter: strengths of brightness, contrast, saturation and hue; (0.4, 0.4, 0.4, 0.2) for ImageNet.
-        cutout: side in pixels of the square set to 0 after normalisation, centred on a random pixel and
-            clipped at the border (DeVries and Taylor 2017, arXiv:1708.04552); 16 for CIFAR.
+        color_jitter: strengths of brightness, contrast, saturation and hue; (0.4, 0.4, 0.4, 0.2)
+            for ImageNet.
+        cutout: side in pixels of the square set to 0 after normalisation, centred on a random pixel
+            and clipped at the border (DeVries and Taylor 2017, arXiv:1708.04552); 16 for CIFAR.
     """
 
     crop_padding: int = 0
@@ -50,7 +52,8 @@ class Augment:
         """Check every field."""
         if self.crop_padding < 0 or self.cutout < 0:
             raise ValueError(
-                f"crop_padding and cutout: expected 0 or more pixels, got {self.crop_padding} and {self.cutout}"
+                f"crop_padding and cutout: expected 0 or more pixels, got {self.crop_padding} and "
+                f"{self.cutout}"
             )
         if not 0 <= self.resized_crop <= 1:
             raise ValueError(f"resized_crop: expected a share from 0 to 1, got {self.resized_crop}")
@@ -62,13 +65,13 @@ class Augment:
         object.__setattr__(self, "color_jitter", tuple(self.color_jitter))
         if len(self.color_jitter) != 4 or min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
             raise ValueError(
-                "color_jitter: expected brightness, contrast and saturation of 0 or more and a hue from 0 "
-                f"to 0.5, got {self.color_jitter}"
+                "color_jitter: expected brightness, contrast and saturation of 0 or more and a hue "
+                f"from 0 to 0.5, got {self.color_jitter}"
             )
 
     @classmethod
     def cifar(cls, cutout: int = 0) -> Augment:
-        """The recipe of DARTS on CIFAR-10 (A.1.1): padding 4, crop, flip; `cutout` 16 in evaluation."""
+        """The recipe of DARTS on CIFAR-10 (A.1.1); evaluation has a `cutout` of 16."""
         return cls(crop_padding=4, flip=True, cutout=cutout)
 
     @classmethod
@@ -101,7 +104,7 @@ class Augment:
         return draws
 
     def draw_boxes(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """Draw `count` boxes (top, left, height, width) of a random resized crop: int64 [count, 4]."""
+        """Draw boxes (top, left, height, width) of a random resized crop: int64 [count, 4]."""
         area = torch.empty(count, TRIES).uniform_(self.resized_crop, 1, generator=generator)
         log_ratio = torch.empty(count, TRIES).uniform_(
             math.log(RATIOS[0]), math.log(RATIOS[1]), generator=generator
@@ -122,8 +125,8 @@ class Augment:
     def colors(self, images: Tensor, draws: Draws) -> Tensor:
         """Jitter the colours of a float batch [N, 3, H, W] in 0 to 255.
 
-        The four changes come in a random order, one order a batch (that of its first image): each image
-        sees the distribution of an order of its own.
+        The four changes come in a random order, one order a batch (that of its first image): each
+        image sees the distribution of an order of its own.
         """
         if not any(self.color_jitter):
             return images
@@ -140,10 +143,11 @@ ORDERS: tuple[tuple[int, ...], ...] = tuple(permutations(range(4)))
 
 
 def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
-    """Cut out of [N, C, H, W] padded with zeros the windows [H, W] at `offsets` [N, 2] in 0 to 2 * padding."""
+    """Cut windows [H, W] out of [N, C, H, W] padded with zeros, at `offsets` [N, 2] from 0 on."""
     height, width = images.shape[2:]
     padded = F.pad(images, (padding,) * 4)
-    # A view of every window: [N, C, 2 * padding + 1, 2 * padding + 1, H, W]; indexing copies one an image.
+    # A view of every window: [N, C, 2 * padding + 1, 2 * padding + 1, H, W]; indexing copies one an
+    # image.
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     rows = torch.arange(len(images), device=images.device)
     return windows[rows, :, offsets[:, 0], offsets[:, 1]]
@@ -161,7 +165,7 @@ def cutout_(images: Tensor, centres: Tensor, side: int) -> Tensor:
 
 
 def resize_boxes(images: Tensor, boxes: Tensor) -> Tensor:
-    """Resize the box (top, left, height, width) of each image to the full size, bilinearly: float32."""
+    """Resize the box (top, left, height, width) of each image to the full size: float32."""
     height, width = images.shape[2:]
     top, left, box_height, box_width = boxes.to(torch.float32).unbind(1)
     # Output coordinates in -1 to 1 are scaled to the box and moved to its centre.

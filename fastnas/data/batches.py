@@ -23,8 +23,8 @@ def split(n: int, fraction: float, seed: int | None = None) -> Batch:
     Args:
         n: number of positions.
         fraction: share of the first part, 0 < fraction < 1; both parts must get something.
-        seed: None keeps the order, as DARTS does (weights on the first half of the training set, alpha on
-            the second); a number shuffles first.
+        seed: None keeps the order, as DARTS does (weights on the first half of the training set,
+            alpha on the second); a number shuffles first.
 
     Returns:
         Two int64 tensors on the CPU.
@@ -43,8 +43,8 @@ def split(n: int, fraction: float, seed: int | None = None) -> Batch:
 def generator_of(*key: int) -> torch.Generator:
     """Return a CPU generator seeded from all of these numbers.
 
-    The seed is hashed because the CPU generator looks at 32 bits only and similar seeds give it similar
-    first numbers.
+    The seed is hashed because the CPU generator looks at 32 bits only and similar seeds give it
+    similar first numbers.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
@@ -53,8 +53,9 @@ def generator_of(*key: int) -> torch.Generator:
 class EpochBatches(ABC):
     """What all sources of batches share: the plan of an epoch, augmentation and normalisation.
 
-    Iterating over it gives the epoch of `set_epoch` (0 at first); `iterate` any epoch from any batch on. Two
-    loaders with one seed but other `indices` (training and validation part) are shuffled independently.
+    Iterating over it gives the epoch of `set_epoch` (0 at first); `iterate` any epoch from any
+    batch on. Two loaders with one seed but other `indices` (training and validation part) are
+    shuffled independently.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class EpochBatches(ABC):
         channels = image_shape[0]
         if len(mean) != channels or len(std) != channels:
             raise ValueError(
-                f"mean and std: expected {channels} numbers each, one a channel, got {len(mean)} and {len(std)}"
+                f"mean and std: expected {channels} numbers each, one a channel, got "
+                f"{len(mean)} and {len(std)}"
             )
         if min(std) <= 0:
             raise ValueError(f"std: expected numbers above 0, got {tuple(std)}")
@@ -100,7 +102,7 @@ class EpochBatches(ABC):
         self.epoch = 0
         if len(self) == 0:
             raise ValueError(
-                f"batch_size: {batch_size} is more than the {len(indices)} images, and drop_last drops them all"
+                f"batch_size: drop_last leaves nothing of {len(indices)} images, got {batch_size}"
                 if len(indices)
                 else "indices: expected at least one image, got none"
             )
@@ -136,20 +138,21 @@ class EpochBatches(ABC):
         return self._run(order, draws, epoch, start)
 
     def _run(self, order: Tensor, draws: Draws, epoch: int, start: int) -> Iterator[Batch]:
-        fetched = self._fetch(order, epoch, start)
+        fetched = self.stored(order, epoch, start)
         for number, (images, labels) in enumerate(fetched, start):
             begin = number * self.batch_size
             rows = {name: draw[begin : begin + len(labels)] for name, draw in draws.items()}
             yield self._prepare(images, rows), labels
 
     def _plan(self, epoch: int) -> tuple[Tensor, Draws]:
-        """Return the order of an epoch (positions in the set, on the CPU) and its draws on the device."""
+        """Return the positions in the set of an epoch, on the CPU, and its draws, on the device."""
         generator = generator_of(self.seed, epoch, self._stream)
         order = self.indices
         if self.shuffle:
             order = order[torch.randperm(len(order), generator=generator)]
         draws = self._draw(generator)
-        # The order of colour changes is read by the host at every batch: on a GPU that would wait for it.
+        # The order of colour changes is read by the host at every batch: on a GPU that would wait
+        # for it.
         return order, {
             name: draw if name == "jitter_order" else draw.to(self.device)
             for name, draw in draws.items()
@@ -159,8 +162,14 @@ class EpochBatches(ABC):
         return self.augment.draw(len(self.indices), *self.image_shape[1:], generator)
 
     @abstractmethod
-    def _fetch(self, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
-        """Yield stored images and labels of batch `start` and those after it, on the device."""
+    def stored(self, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
+        """Yield images as they are stored, and labels, of batch `start` on, on the device.
+
+        Args:
+            order: positions in the set, in the order of the epoch.
+            epoch: number of the epoch.
+            start: number of the first batch.
+        """
 
     def _prepare(self, images: Tensor, draws: Draws) -> Tensor:
         """Augment and normalise stored images; floating-point ones count as normalised already."""
@@ -236,7 +245,8 @@ class Batches(EpochBatches):
             )
         return draws
 
-    def _fetch(self, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
+    def stored(self, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
+        """Pick images of the tensor; see `EpochBatches.stored`."""
         order = order.to(self.device)
         for number in range(start, len(self)):
             chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
@@ -293,7 +303,8 @@ def check_images(images: Tensor, labels: Tensor) -> None:
         )
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"labels: expected int64 [{len(images)}], one an image, got {labels.dtype} {list(labels.shape)}"
+            f"labels: expected int64 [{len(images)}], one an image, got {labels.dtype} "
+            f"{list(labels.shape)}"
         )
     if images.numel() == 0:
         raise ValueError(f"images: expected at least one pixel, got {list(images.shape)}")

@@ -16,8 +16,8 @@ def jitter(images: Tensor, amounts: Tensor, order: Sequence[int]) -> Tensor:
 
     Args:
         images: [N, 3, H, W], float, values in 0 to 1.
-        amounts: [N, 4]; 0 changes nothing. The first three are added to a factor of 1 that is at least 0,
-            the last turns the hue by that part of the full circle.
+        amounts: [N, 4]; 0 changes nothing. The first three are added to a factor of 1 that is at
+            least 0, the last turns the hue by that part of the full circle.
         order: the four numbers above, in the order of application.
     """
     for index in order:
@@ -58,7 +58,8 @@ def _hue(images: Tensor, amount: Tensor) -> Tensor:
         ((green - blue) / safe, (blue - red) / safe + 2, (red - green) / safe + 4), dim=1
     )
     hue = sixths.gather(1, largest[:, None]) + 6 * amount
-    # Each channel is value minus the spread times a trapezium of the hue, displaced by 5, 3 and 1 sixths.
+    # Each channel is value minus the spread times a trapezium of the hue, displaced by 5, 3 and 1
+    # sixths.
     shift = torch.tensor((5.0, 3.0, 1.0), dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
     position = (hue + shift).remainder(6)
     drop = torch.minimum(position, 4 - position).clamp(0, 1)

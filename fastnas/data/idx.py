@@ -1,7 +1,8 @@
 """The IDX format of the MNIST family: reading with every size checked, and writing.
 
-An IDX file is a big-endian header (two zero bytes, a type code, the number of dimensions, one 32-bit size
-each) followed by the values. Only unsigned bytes (type code 8) occur in image sets and only they are read.
+An IDX file is a big-endian header (two zero bytes, a type code, the number of dimensions, one
+32-bit size each) followed by the values. Only unsigned bytes (type code 8) occur in image sets and
+only they are read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 UNSIGNED_BYTE = 0x08
 GZIP_MAGIC = b"\x1f\x8b"
 
-#: Largest payload a header may announce, in bytes; ten times the biggest set of the family (EMNIST).
+#: Largest payload a header may announce, in bytes; sets of the family are far smaller.
 MAX_BYTES = 6 << 30
 
 #: Bytes decompressed at a time, so that a header that lies never makes us reserve what it claims.
@@ -73,7 +74,8 @@ def _parse(stream: IO[bytes] | gzip.GzipFile, path: Path, dims: int) -> NDArray[
         raise ValueError(
             f"{path}: the header announces sizes {sizes}, expected 1 to {MAX_BYTES} bytes in all"
         )
-    # One byte more than announced is asked for: what follows the values means that the header is wrong.
+    # One byte more than announced is asked for: what follows the values means that the header is
+    # wrong.
     values = bytearray()
     while len(values) <= expected:
         chunk = stream.read(min(CHUNK, expected + 1 - len(values)))
@@ -89,8 +91,8 @@ def _parse(stream: IO[bytes] | gzip.GzipFile, path: Path, dims: int) -> NDArray[
 def write_idx(path: str | Path, values: NDArray[np.uint8]) -> None:
     """Write a uint8 array as an IDX file, compressed if the name ends in ``.gz``.
 
-    Nothing of the moment (time, file name) goes into the compressed file: the same array gives the same
-    bytes with the same zlib.
+    Nothing of the moment (time, file name) goes into the compressed file: the same array gives the
+    same bytes with the same zlib.
 
     Raises:
         TypeError: `values` is not uint8.

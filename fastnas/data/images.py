@@ -14,7 +14,7 @@ from fastnas.data.batches import Batches, check_images
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fastnas.data.options import BatchOptions
+    from fastnas.data.interface import BatchOptions
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class ImageData:
             low, high = int(labels.min()), int(labels.max())
             if not 0 <= low <= high < self.num_classes:
                 raise ValueError(
-                    f"{self.name}: {part} labels go from {low} to {high}, expected 0 to {self.num_classes - 1}"
+                    f"{self.name}: {part} labels go from {low} to {high}, expected 0 to "
+                    f"{self.num_classes - 1}"
                 )
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise ValueError(
@@ -114,7 +115,7 @@ class ImageData:
         height, width = self.image_size
         if size < max(height, width):
             raise ValueError(
-                f"{self.name}: image_size {size} is less than the {height} x {width} pixels of its images"
+                f"image_size: {size} is less than the {height} x {width} pixels of {self.name}"
             )
         top, left = (size - height) // 2, (size - width) // 2
         border = (left, size - width - left, top, size - height - top)
@@ -125,7 +126,7 @@ class ImageData:
         )
 
     def train_batches(self, batch_size: int, **options: Unpack[BatchOptions]) -> Batches:
-        """Return batches of training images, shuffled unless told otherwise (options of `Batches`)."""
+        """Return batches of training images, shuffled unless told otherwise."""
         return Batches(
             self.train_images,
             self.train_labels,
@@ -136,7 +137,7 @@ class ImageData:
         )
 
     def test_batches(self, batch_size: int, **options: Unpack[BatchOptions]) -> Batches:
-        """Return batches of test images, in their order unless told otherwise (options of `Batches`)."""
+        """Return batches of test images, in their order unless told otherwise."""
         options.setdefault("shuffle", False)
         return Batches(
             self.test_images, self.test_labels, batch_size, mean=self.mean, std=self.std, **options

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,9 @@ from torch import Tensor
 
 from fastnas.data.idx import read_idx
 from fastnas.data.images import ImageData, statistics
+from fastnas.data.interface import Data
+from fastnas.data.pairs import fits, keep_in_memory
+from fastnas.data.vision import load_cifar, load_folder
 
 DEFAULT = "fashion-mnist-mini"
 
@@ -19,33 +21,71 @@ ASSETS = Path(__file__).parent / "assets"
 
 FASHION_CLASSES = 10
 
+_WITH_DIRECTORY = ("fashion-mnist", "cifar10", "cifar100", "folder")
 
-def load(spec: str = DEFAULT, *, image_size: int | None = None) -> ImageData:
+
+def load(
+    spec: str = DEFAULT,
+    *,
+    image_size: int | None = None,
+    held_out: float | None = None,
+    in_memory: bool | None = None,
+    workers: int | None = None,
+) -> Data:
     """Load an image set by its specification.
 
     Args:
         spec: one of
 
-            * ``fashion-mnist-mini``: 5,000 training and 1,000 test images of Fashion-MNIST, in the package;
-            * ``fashion-mnist:DIR``: the four IDX files of Fashion-MNIST, with ``.gz`` or without.
-        image_size: side of the images wanted; smaller images get a black border.
+            * ``fashion-mnist-mini``: 5,000 training and 1,000 test images, in the package;
+            * ``fashion-mnist:DIR``: the four IDX files of Fashion-MNIST, with ``.gz`` or without;
+            * ``cifar10:DIR``, ``cifar100:DIR``: the unpacked "python version" in DIR (torchvision);
+            * ``folder:DIR``: one sub-directory a class, in DIR/train and DIR/test (or DIR/val) or
+              in DIR itself (torchvision).
+        image_size: side of the images wanted. Images of ``folder`` are resized to it (None: the
+            shorter side of the first, at most 224); others get a black border (None: as they are).
+        held_out: share of each class of a ``folder`` without test set that becomes it; None: 0.1.
+        in_memory: keep the images of a ``folder`` in memory; None: if they take 1 GiB at most. They
+            are then brought to `image_size` before any augmentation.
+        workers: processes that read the images of a ``folder``; None: one a processor, at most 8.
+
+    Returns:
+        An `ImageData`, or a `StreamedData` for a ``folder`` that is not kept in memory.
 
     Raises:
-        ValueError: the specification is unknown, or a file is broken; the file is named.
+        ValueError: the specification is unknown, an option does not apply to it, or a file is
+            broken; the file is named.
         FileNotFoundError: a file or directory is missing; it is named.
+        ImportError: torchvision is needed and missing.
     """
-    kind, colon, rest = spec.partition(":")
-    if spec == DEFAULT:
-        data = _fashion_mnist(spec, ASSETS / DEFAULT)
-    elif kind in _WITH_DIRECTORY and rest:
-        directory = Path(rest).expanduser()
-        if not directory.is_dir():
-            raise FileNotFoundError(f"{spec}: {directory} is not a directory")
-        data = _WITH_DIRECTORY[kind](spec, directory)
-    else:
+    kind, _, rest = spec.partition(":")
+    if spec != DEFAULT and not (kind in _WITH_DIRECTORY and rest):
         known = ", ".join([DEFAULT, *(f"{name}:DIR" for name in _WITH_DIRECTORY)])
-        hint = " (it needs a directory after the name)" if kind in _WITH_DIRECTORY else ""
+        hint = " (a directory must follow its colon)" if kind in _WITH_DIRECTORY else ""
         raise ValueError(f"data: unknown specification {spec!r}{hint}; there are {known}")
+    directory = ASSETS / DEFAULT if spec == DEFAULT else Path(rest).expanduser()
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{spec}: expected a directory at {directory}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: expected 1 or more pixels, got {image_size}")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers: expected 0 or more processes, got {workers}")
+    if kind == "folder":
+        folder = load_folder(
+            spec, directory, image_size=image_size, held_out=held_out, workers=workers
+        )
+        return (
+            keep_in_memory(folder) if in_memory or (in_memory is None and fits(folder)) else folder
+        )
+    options = {"held_out": held_out, "in_memory": in_memory, "workers": workers}
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{given[0]}: applies to folder:DIR only, not to {spec}")
+    data = (
+        _fashion_mnist(spec, directory)
+        if kind.startswith("fashion")
+        else load_cifar(spec, directory)
+    )
     return data if image_size is None else data.pad_to(image_size)
 
 
@@ -73,8 +113,8 @@ def _idx_pair(directory: Path, part: str) -> tuple[Tensor, Tensor]:
     labels = read_idx(labels_path, dims=1)
     if len(images) != len(labels):
         raise ValueError(
-            f"{labels_path}: holds {len(labels)} labels, expected {len(images)}, one for each image of "
-            f"{images_path.name}"
+            f"{labels_path}: holds {len(labels)} labels, expected {len(images)}, one for each "
+            f"image of {images_path.name}"
         )
     check_labels(labels, FASHION_CLASSES, labels_path)
     return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))
@@ -85,9 +125,7 @@ def _plain_or_gz(path: Path) -> Path:
     packed = path.with_name(path.name + ".gz")
     if path.is_file() or packed.is_file():
         return path if path.is_file() else packed
-    raise FileNotFoundError(
-        f"{packed}: no such file (nor {path.name}); expected an IDX file of the set"
-    )
+    raise FileNotFoundError(f"{packed}: no such file (nor {path.name}); expected an IDX file")
 
 
 def check_labels(labels: NDArray[np.uint8], num_classes: int, path: Path) -> None:
@@ -97,8 +135,3 @@ def check_labels(labels: NDArray[np.uint8], num_classes: int, path: Path) -> Non
         raise ValueError(
             f"{path}: label number {where} is {labels[where]}, expected 0 to {num_classes - 1}"
         )
-
-
-_WITH_DIRECTORY: dict[str, Callable[[str, Path], ImageData]] = {
-    "fashion-mnist": _fashion_mnist,
-}
