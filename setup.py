@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds fastnas._C for the torch found here: CPU kernels always, CUDA kernels if possible.
 
-CUDA kernels are built when torch has CUDA and an nvcc of the same major version is found; no GPU is
-needed. Environment: FASTNAS_CUDA=0 leaves them out, FASTNAS_CUDA=1 makes their absence an error,
+CUDA kernels need a torch that has CUDA and an nvcc of the same major version, but no GPU.
+Environment: FASTNAS_CUDA=0 leaves them out, FASTNAS_CUDA=1 makes their absence an error,
 CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to torch, DEBUG=1 builds for gdb.
 """
 
@@ -22,7 +22,6 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 REQUIRES = ["numpy", "rich", "tyro"]
-MINIMUM_TORCH = "torch>=2.11"
 BUILDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
 
@@ -161,13 +160,15 @@ def torch_requirement(version: str) -> str:
 
 def main() -> None:
     os.chdir(ROOT)
+    for stale in ROOT.glob("build/lib*"):  # else modules deleted since would go into the wheel
+        shutil.rmtree(stale)
     if importlib.util.find_spec("torch") is None:
         if BUILDS & set(sys.argv):
             sys.exit(
                 "fastnas needs torch to build its kernels: pip install torch, then run this again "
                 "(or drop --no-build-isolation)"
             )
-        setup(install_requires=[MINIMUM_TORCH, *REQUIRES])
+        setup(install_requires=["torch>=2.11", *REQUIRES])
         return
     import torch
 
