@@ -12,6 +12,7 @@ from fastnas.methods.base import (
     Method,
     MethodOptions,
     Moment,
+    Phase,
     register_method,
 )
 from fastnas.methods.darts import Darts, DartsOptions
@@ -31,5 +32,6 @@ __all__ = [
     "Outcome",
     "PCDarts",
     "PCDartsOptions",
+    "Phase",
     "register_method",
 ]

@@ -23,12 +23,12 @@ class Outcome(NamedTuple):
     Attributes:
         loss: 0-d, mean task loss of the batch.
         correct: 0-d int64, number of images classified rightly.
-        count: number of images.
+        images: number of images.
     """
 
     loss: Tensor
     correct: Tensor
-    count: int
+    images: int
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Learner:
         )
         if self.scaler is None:
             return list(gradient)
-        return torch._foreach_mul(gradient, 1.0 / self.scaler.get_scale())
+        return list(torch._foreach_mul(gradient, 1.0 / self.scaler.get_scale()))
 
     def apply_architecture_gradient(self, gradient: Sequence[Tensor]) -> None:
         """Let the optimizer of the architecture take one step along ``gradient``."""

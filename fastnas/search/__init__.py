@@ -1,2 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search: a bilevel loop that joins a space, a method and data."""
+"""The search: a bilevel loop that joins a space, a method and data.
+
+result = Search(preset_config("demo", epochs=5, out=None)).run()
+print(result.genotype)
+"""
+
+from __future__ import annotations
+
+from fastnas.search.checkpoint import (
+    CheckpointError,
+    RandomState,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fastnas.search.config import PRESETS, SearchConfig, preset_config
+from fastnas.search.files import RunDirectory
+from fastnas.search.interrupts import SearchInterrupted
+from fastnas.search.loop import NonFiniteLossError, Search, SearchResult
+from fastnas.search.progress import Progress, StepReport, TextProgress
+from fastnas.search.schedule import learning_rate
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "NonFiniteLossError",
+    "Progress",
+    "RandomState",
+    "RunDirectory",
+    "Search",
+    "SearchConfig",
+    "SearchInterrupted",
+    "SearchResult",
+    "StepReport",
+    "TextProgress",
+    "learning_rate",
+    "load_checkpoint",
+    "preset_config",
+    "save_checkpoint",
+]

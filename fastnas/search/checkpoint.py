@@ -111,25 +111,24 @@ class RandomState:
             torch.cuda.manual_seed_all(seed)
         self._state = self._capture()
         self._restore(before)
+        self._in_use = False
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
         """Run a block with these generators and give the caller his back afterwards."""
         before = self._capture()
         self._restore(self._state)
+        self._in_use = True
         try:
             yield
         finally:
+            self._in_use = False
             self._state = self._capture()
             self._restore(before)
 
-    def state_dict(self, *, live: bool = False) -> dict[str, Any]:
-        """The state in types a checkpoint can hold.
-
-        Args:
-            live: inside a :meth:`use` block, read the generators in use.
-        """
-        return self._capture() if live else dict(self._state)
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as of now also within a :meth:`use` block, in types a checkpoint can hold."""
+        return self._capture() if self._in_use else dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state of :meth:`state_dict`; the next :meth:`use` block starts from it."""

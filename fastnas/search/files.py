@@ -51,10 +51,18 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as indented JSON, atomically.
 
     Raises:
-        TypeError: ``value`` holds something JSON has no form for.
+        TypeError, ValueError: ``value`` holds something JSON has no form for (a NaN is such).
         OSError: as :func:`write_atomic`.
     """
-    text = json.dumps(value, indent=2) + "\n"
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8, atomically.
+
+    Raises:
+        OSError: as :func:`write_atomic`.
+    """
     write_atomic(path, lambda file: _write_all(file, text.encode()))
 
 
@@ -81,10 +89,11 @@ def append_jsonl(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
     """Append one record as one line of JSON.
 
     Raises:
-        TypeError: the record holds something JSON has no form for; nothing is written.
+        TypeError, ValueError: the record holds something JSON has no form for (a NaN is such);
+            nothing is written.
         OSError: the file cannot be written.
     """
-    line = json.dumps(dict(record)) + "\n"
+    line = _line(record)
     # One write of one line: only a kill inside the system call can leave a part of it.
     with open(path, "ab", buffering=0) as file:
         _write_all(file, line.encode())
@@ -134,8 +143,8 @@ class RunDirectory:
         return any(p.exists() for p in (self.config, self.metrics, self.checkpoint, self.genotype))
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> RunDirectory:
-        """Begin a run: make the folder and write its ``config.json``.
+    def free(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """Name a folder for a new run; nothing is written.
 
         Raises:
             FileExistsError: the folder holds a run already, or ``path`` is a file.
@@ -148,6 +157,16 @@ class RunDirectory:
             )
         if run.path.exists() and not run.path.is_dir():
             raise FileExistsError(f"{run.path} is a file: choose another folder with --out")
+        return run
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> RunDirectory:
+        """Begin a run: make the folder and write its ``config.json``.
+
+        Raises:
+            FileExistsError: as :meth:`free`.
+        """
+        run = cls.free(path)
         run.path.mkdir(parents=True, exist_ok=True)
         write_json(run.config, dict(config))
         return run
@@ -180,8 +199,11 @@ class RunDirectory:
         Called when a run goes on: drops a half-written line and the lines of epochs that the
         checkpoint does not know, and brings back one that was lost.
         """
-        text = "".join(json.dumps(dict(record)) + "\n" for record in records)
-        write_atomic(self.metrics, lambda file: _write_all(file, text.encode()))
+        write_text(self.metrics, "".join(map(_line, records)))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(dict(record), allow_nan=False) + "\n"
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:

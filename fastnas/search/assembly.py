@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts the parts of a search together: the halves of the images, their batches, the learner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastnas.data import Endless, EpochBatches, ImageData
+from fastnas.data.interface import Data
+from fastnas.methods import Learner
+from fastnas.search.config import SearchConfig, method_class
+from fastnas.spaces import get_space
+
+_AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LAYOUT = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass
+class Halves:
+    """Batches of the two parts of the training images.
+
+    Attributes:
+        weights: the part the weights are trained on; one pass is an epoch.
+        architecture: the part the architecture is trained on, drawn without end.
+        validation: the same part, in order and without augmentation.
+    """
+
+    weights: EpochBatches
+    architecture: Endless
+    validation: EpochBatches
+
+
+def build_halves(data: Data, config: SearchConfig, device: torch.device) -> Halves:
+    """Batches of both parts of the training images of ``data``."""
+    first, second = split_images(data, config)
+
+    def batches(indices: Tensor, training: bool) -> EpochBatches:
+        return data.train_batches(
+            min(config.batch_size, len(indices)),
+            indices=indices,
+            augment=config.augment if training else None,
+            device=device,
+            seed=config.seed,
+            shuffle=training,
+            # BatchNorm cannot learn from a last batch of one image: incomplete ones are left out.
+            drop_last=training,
+            memory_format=_LAYOUT[config.memory_format],
+        )
+
+    return Halves(batches(first, True), Endless(batches(second, True)), batches(second, False))
+
+
+def split_images(data: Data, config: SearchConfig) -> tuple[Tensor, Tensor]:
+    """Positions of the training images for the weights and for the architecture.
+
+    Returns:
+        Two int64 tensors on the CPU without a common element.
+
+    Raises:
+        ValueError: a part is empty, or lacks a class altogether.
+    """
+    n = data.num_train
+    # The small number undoes the rounding of, say, 0.29 * 100.
+    first, second = (int(n * s + 1e-6) for s in (config.weight_share, config.arch_share))
+    if not first or not second:
+        raise ValueError(
+            f"weight_share, arch_share: {config.weight_share} and {config.arch_share} of {n} "
+            "training images leave a part empty"
+        )
+    if config.split == "random" or (config.split == "auto" and not isinstance(data, ImageData)):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
+        return order[:first], order[first : first + second]
+    parts = torch.arange(first), torch.arange(n - second, n)
+    if isinstance(data, ImageData):
+        for name, part in zip(("weights", "architecture"), parts, strict=True):
+            _check_classes(data.train_labels[part], data.num_classes, name)
+    return parts
+
+
+def _check_classes(labels: Tensor, num_classes: int, name: str) -> None:
+    counts = torch.bincount(labels.cpu(), minlength=num_classes)
+    if (counts == 0).any():
+        missing = int((counts == 0).nonzero()[0])
+        raise ValueError(
+            f"split: the images for the {name} have none of class {missing}; "
+            "if they come sorted by class, set split to 'random'"
+        )
+
+
+def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Learner:
+    """Supernet, method, architecture parameters and optimizers, newly initialised."""
+    method_type = method_class(config.method)
+    supernet: nn.Module = get_space(config.space).supernet(
+        C=config.C,
+        layers=config.layers,
+        num_classes=data.num_classes,
+        in_channels=data.channels,
+        stem=config.stem,
+        **method_type.supernet_options(config.options),
+    )
+    supernet.to(device)
+    supernet.to(memory_format=_LAYOUT[config.memory_format])  # type: ignore[call-overload]
+    method = method_type(supernet.cell_specs, config.options)
+    arch = method.parameters().to(device)
+    return Learner(
+        supernet,
+        arch,
+        method,
+        torch.optim.SGD(
+            supernet.parameters(),
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        ),
+        torch.optim.Adam(
+            arch.parameters(),
+            config.arch_lr,
+            betas=config.arch_betas,
+            weight_decay=config.arch_weight_decay,
+        ),
+        nn.CrossEntropyLoss(),
+        grad_clip=config.grad_clip,
+        arch_grad_clip=config.arch_grad_clip,
+        amp=_AMP[config.amp],
+        scaler=torch.amp.GradScaler(device.type) if config.amp == "fp16" else None,
+    )

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a search: one dataclass for Python and the command line, with presets.
+
+``preset_config("cifar10", method="darts", epochs=10)`` takes the values of a preset, then what the
+method has of its own for it, then what is given. ``SearchConfig()`` is the preset ``demo`` with the
+method ``pc_darts``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from fastnas.data import DEFAULT, Augment
+from fastnas.methods import METHODS, MethodOptions
+from fastnas.search.fields import from_dict, to_dict
+from fastnas.spaces import get_space
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Everything that decides how a search goes."""
+
+    space: str = "darts"
+    """What is searched: a key of fastnas.spaces.SPACES."""
+    method: str = "pc_darts"
+    """How it is searched: a key of fastnas.methods.METHODS."""
+    data: str = DEFAULT
+    """Images to search on, as fastnas.data.load reads it: fashion-mnist-mini, cifar10:DIR, ..."""
+    image_size: int | None = None
+    """Side of the images in pixels; none keeps the size of the data."""
+    out: str | None = "runs/demo"
+    """Folder of the run; from Python, none writes nothing."""
+    resume: bool = False
+    """Continue the run in --out from its checkpoint."""
+
+    C: int = 16
+    """Channels of the first cell's nodes."""
+    layers: int = 8
+    """Number of cells of the supernet."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """First layers: cifar keeps the image size, imagenet divides it by eight."""
+
+    epochs: int = 50
+    """Passes over the half of the images that the weights are trained on."""
+    batch_size: int = 64
+    """Images in a batch of the weights, and in one of the architecture."""
+    lr: float = 0.025
+    """Learning rate of the weights (SGD) at the start; it falls along a cosine."""
+    lr_min: float = 0.0
+    """Learning rate of the weights at the end."""
+    lr_warmup_epochs: int = 0
+    """Epochs in which the learning rate of the weights rises linearly."""
+    momentum: float = 0.9
+    """Momentum of the weights."""
+    weight_decay: float = 3e-4
+    """L2 factor of the weights."""
+    grad_clip: float = 5.0
+    """Largest gradient norm of the weights; 0 for no limit."""
+
+    arch_lr: float = 3e-4
+    """Learning rate of the architecture parameters (Adam)."""
+    arch_betas: tuple[float, float] = (0.5, 0.999)
+    """Adam's decay factors for the architecture parameters."""
+    arch_weight_decay: float = 1e-3
+    """L2 factor of the architecture parameters."""
+    arch_grad_clip: float = 0.0
+    """Largest gradient norm of the architecture parameters; 0 for no limit."""
+    arch_warmup_epochs: int = 0
+    """First epochs in which only the weights are trained."""
+
+    weight_share: float = 0.5
+    """Share of the training images that the weights are trained on."""
+    arch_share: float = 0.5
+    """Share of the training images that the architecture is trained on."""
+    split: Literal["auto", "order", "random"] = "auto"
+    """Which images these are: order takes the first and the last ones, as DARTS does; random
+    shuffles them by the seed; auto is random for images that are streamed from a folder or Dataset
+    (a folder comes sorted by class), and order for those kept in memory."""
+    augment: Augment = field(default_factory=Augment)
+    """What is done to the images."""
+    validate: Literal["every", "last", "never"] = "last"
+    """After which epochs the supernet is tested on the images of the architecture."""
+    val_batches: int = 0
+    """Batches of such a test; 0 for all."""
+
+    seed: int = 2
+    """Seed of everything random."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes CUDA where there is a device."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Mixed precision of the supernet."""
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    """Layout of images and weights."""
+    deterministic: bool = False
+    """Allow only deterministic algorithms of PyTorch (on a GPU; slower)."""
+    threads: int = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+    log_every: int = 10
+    """Iterations between two reports of progress."""
+
+    options: MethodOptions = field(default_factory=MethodOptions)
+    """Options of the method."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and names, and give the method its own kind of options."""
+        get_space(self.space)
+        options = method_class(self.method).Options
+        if type(self.options) is MethodOptions:
+            object.__setattr__(self, "options", options())
+        if not isinstance(self.options, options):
+            raise TypeError(
+                f"options: expected {options.__name__} for the method {self.method!r}, "
+                f"but got {type(self.options).__name__}"
+            )
+        for name in ("C", "layers", "epochs", "batch_size", "log_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in _NOT_NEGATIVE:
+            _at_least(name, getattr(self, name), 0)
+        for name in ("weight_share", "arch_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}: expected more than 0 and less than 1, but got {getattr(self, name)}"
+                )
+        if self.weight_share + self.arch_share > 1:
+            raise ValueError(
+                "weight_share and arch_share: expected a sum of at most 1, "
+                f"but got {self.weight_share} and {self.arch_share}"
+            )
+        if not all(0 <= beta < 1 for beta in self.arch_betas):
+            raise ValueError(f"arch_betas: expected 0 <= beta < 1, but got {self.arch_betas}")
+        if self.resume and self.out is None:
+            raise ValueError("resume: expected a folder in out, but got none")
+
+    def torch_device(self) -> torch.device:
+        """The device that ``device`` names.
+
+        Raises:
+            ValueError: PyTorch does not know it, or there is none on this machine.
+        """
+        name = self.device
+        if name == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"device: expected cpu, cuda or auto, but got {name!r}") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device: expected one that is there, but got {name!r} and PyTorch sees "
+                f"{torch.cuda.device_count()} CUDA devices"
+            )
+        return device
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "configuration") -> SearchConfig:
+        """Build from what :meth:`to_dict` gave, checking every field.
+
+        Raises:
+            ValueError: an unknown key, a wrong type or a value out of range; one sentence that
+                begins with ``where``.
+        """
+        if isinstance(data, Mapping) and "options" in data:
+            method = data.get("method", cls.method)
+            if not isinstance(method, str) or method not in METHODS:
+                raise ValueError(f"{where}: method: unknown name {method!r}")
+            options = from_dict(METHODS[method].Options, data["options"], f"{where}: options")
+            data = {**data, "options": options}
+        return from_dict(cls, data, where)
+
+
+# Fields that may differ between a run and its continuation: they name places and means, not the
+# search itself. (Another device, or number of threads, may change the last bits.)
+RUNTIME_FIELDS = frozenset({"out", "resume", "device", "threads", "log_every"})
+
+_NOT_NEGATIVE = (
+    *("lr", "lr_min", "lr_warmup_epochs", "momentum", "weight_decay", "grad_clip"),
+    *("arch_lr", "arch_weight_decay", "arch_grad_clip", "arch_warmup_epochs"),
+    *("val_batches", "seed", "threads"),
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    # DARTS, appendix A.1.1, with the values of the released scripts where paper and code differ.
+    "cifar10": {
+        "data": "cifar10:data/cifar10",
+        "C": 16,
+        "layers": 8,
+        "epochs": 50,
+        "augment": Augment.cifar(),
+        "out": "runs/cifar10",
+    },
+    # PC-DARTS on ImageNet: a tenth of the images for the weights, a fortieth for the architecture.
+    "imagenet": {
+        "data": "folder:data/imagenet",
+        "image_size": 224,
+        "C": 16,
+        "layers": 8,
+        "stem": "imagenet",
+        "epochs": 50,
+        "batch_size": 1024,
+        "lr": 0.5,
+        "lr_min": 0.0,
+        "lr_warmup_epochs": 5,
+        "arch_lr": 6e-3,
+        "arch_grad_clip": 5.0,
+        "arch_warmup_epochs": 35,
+        "weight_share": 0.1,
+        "arch_share": 0.025,
+        "split": "random",
+        "augment": Augment(resized_crop=0.08, flip=True),
+        "validate": "last",
+        "out": "runs/imagenet",
+    },
+}
+"""Fields of each preset; a method's own values (``Method.presets``) come on top."""
+
+
+def preset_config(
+    preset: str = "demo", *, method: str = "pc_darts", space: str = "darts", **fields: Any
+) -> SearchConfig:
+    """The configuration of a preset.
+
+    Args:
+        preset: ``demo`` (minutes on a CPU, the images in the package), ``cifar10`` or ``imagenet``.
+        method: name of the method; what it has of its own for the preset is taken.
+        space: name of the space.
+        fields: fields of :class:`SearchConfig` that differ from the preset.
+
+    Raises:
+        ValueError: an unknown preset, method or space, or a value out of range.
+        TypeError: a field that :class:`SearchConfig` does not have.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, but got {preset!r}")
+    values = {**PRESETS[preset], **method_class(method).presets.get(preset, {}), **fields}
+    known = {f.name for f in dataclasses.fields(SearchConfig)}
+    if unknown := sorted(set(values) - known):
+        raise TypeError(f"preset_config: SearchConfig has no field {unknown[0]!r}")
+    return SearchConfig(space=space, method=method, **values)
+
+
+def method_class(name: str) -> Any:
+    """The method called ``name``.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method: unknown name {name!r}, known are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """The first field in which two searches differ, as ``name=old, not new``."""
+    for name in new:
+        if name not in RUNTIME_FIELDS and old.get(name) != new[name]:
+            return f"{name}={old.get(name)!r}, not {new[name]!r}"
+    return None
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    # Written so that nan fails too.
+    if not value >= least:
+        raise ValueError(f"{name}: expected at least {least}, but got {value}")

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals that wait for the end of the current iteration, so that a checkpoint can be written."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """The run was stopped by a signal after writing its checkpoint.
+
+    Attributes:
+        signal: number of the signal; a shell's exit status is 128 + this.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class Interrupts:
+    """Within the block, SIGINT and SIGTERM are noted instead of obeyed; a second one is obeyed.
+
+    Outside the main thread Python delivers no signals; there the block changes nothing.
+
+    Attributes:
+        received: number of the signal that came, None while none did.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """What the signal is called."""
+        return "nothing" if self.received is None else _NAMES[signal.Signals(self.received)]
+
+    def __enter__(self) -> Interrupts:
+        """Take over the signals."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _NAMES:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Put the former handlers back."""
+        self._release()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._release()
+
+    def _release(self) -> None:
+        for number, handler in self._before.items():
+            # None stands for a handler that was not installed from Python; it cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before = {}

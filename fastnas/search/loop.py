@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search loop: joins a space, a method and data, and survives being killed at any moment.
+
+All state is in :class:`Search` and its ``state_dict``. Batches are functions of (seed, epoch,
+position), learning rates functions of the epoch, and the random generators belong to the search, so
+a run that continues from a checkpoint does what the uninterrupted run would have done, bit for bit
+on a CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastnas.data import load
+from fastnas.data.interface import Data
+from fastnas.methods import ArchParameters, Method, Moment, Phase
+from fastnas.search.assembly import build_halves, build_learner
+from fastnas.search.checkpoint import CheckpointError, RandomState, load_checkpoint, save_checkpoint
+from fastnas.search.config import SearchConfig, difference
+from fastnas.search.files import RunDirectory, read_json, write_text
+from fastnas.search.interrupts import Interrupts, SearchInterrupted
+from fastnas.search.meters import Meter, Pace
+from fastnas.search.progress import Progress, StepReport, TextProgress
+from fastnas.search.runtime import runtime
+from fastnas.search.schedule import learning_rate
+from fastnas.spaces import get_space
+
+_KIND = "search"
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss became NaN or infinite; the last checkpoint is from before that."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        genotype: the derived architecture, an instance of the space's genotype class.
+        history: one record an epoch, as in ``metrics.jsonl``.
+        path: the run's folder, None when nothing was written.
+    """
+
+    genotype: Any
+    history: list[dict[str, Any]]
+    path: Path | None
+
+
+class Search:
+    """A bilevel search: weights on one part of the training images, architecture on another.
+
+    Args:
+        config: everything that decides how it goes.
+        data: images to use instead of ``config.data``.
+        progress: told what happens; lines of text on standard output by default.
+
+    Attributes:
+        learner: supernet, architecture parameters, their optimizers and steps.
+        epoch: epochs finished.
+        step: iterations done in the current epoch.
+        steps_per_epoch: iterations in an epoch.
+        history: records of the finished epochs.
+        resumed: whether a checkpoint was loaded.
+
+    Raises:
+        ValueError: the configuration does not fit space, method, data or machine, or is not that
+            of the run to resume.
+        FileExistsError: ``config.out`` holds a run and ``config.resume`` is off.
+        FileNotFoundError: there is nothing to resume, or the data is missing.
+        CheckpointError: the checkpoint is damaged or of another search.
+    """
+
+    def __init__(
+        self, config: SearchConfig, *, data: Data | None = None, progress: Progress | None = None
+    ) -> None:
+        self.config = config
+        self.device = config.torch_device()
+        self.progress = TextProgress() if progress is None else progress
+        # Before anything that takes time.
+        self._directory = _open_directory(config)
+        self.space = get_space(config.space)
+        if data is None:
+            data = load(config.data, image_size=config.image_size)
+        self.data = data.to(self.device)
+        self.halves = build_halves(self.data, config, self.device)
+        self.steps_per_epoch = len(self.halves.weights)
+        self.random = RandomState(config.seed, self.device)
+        with self.random.use():
+            self.learner = build_learner(self.data, config, self.device)
+        self.epoch = 0
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.resumed = False
+        self._train, self._arch = Meter(self.device), Meter(self.device)
+        self._pace = Pace()
+        self._seconds = 0.0
+        if config.resume:
+            self._resume()
+
+    @property
+    def supernet(self) -> torch.nn.Module:
+        """The network that is searched."""
+        return self.learner.supernet
+
+    @property
+    def arch(self) -> ArchParameters:
+        """The architecture parameters."""
+        return self.learner.arch
+
+    @property
+    def method(self) -> Method:
+        """The method."""
+        return self.learner.method
+
+    @property
+    def path(self) -> Path | None:
+        """The run's folder, None when nothing is written."""
+        return None if self._directory is None else self._directory.path
+
+    def genotype(self) -> Any:
+        """The architecture that would be derived now."""
+        return self.method.derive(self.arch, self.space)
+
+    def run(self) -> SearchResult:
+        """Search to the end, from the start or from where the checkpoint was taken.
+
+        Returns:
+            The genotype and the record of every epoch.
+
+        Raises:
+            SearchInterrupted: SIGINT or SIGTERM came; the checkpoint is of the last iteration.
+            NonFiniteLossError: a loss became NaN or infinite.
+            OSError: a file of the run cannot be written.
+        """
+        self._begin_files()
+        runtime_ = runtime(self.config.threads, self.config.deterministic)
+        with runtime_, self.random.use(), Interrupts() as interrupts:
+            try:
+                self.progress.start(self)
+                while self.epoch < self.config.epochs:
+                    self._run_epoch(interrupts)
+                # Again, for a run that was killed between its last checkpoint and this file.
+                result = SearchResult(self._write_genotype(), self.history, self.path)
+                self.progress.end(result)
+            except BaseException as reason:
+                self.progress.stop(reason)
+                raise
+        return result
+
+    def _run_epoch(self, interrupts: Interrupts) -> None:
+        config = self.config
+        lr = learning_rate(
+            self.epoch,
+            config.epochs,
+            config.lr,
+            config.lr_min,
+            warmup_epochs=config.lr_warmup_epochs,
+        )
+        for group in self.learner.weight_optimizer.param_groups:
+            group["lr"] = lr
+        frozen = self.epoch < config.arch_warmup_epochs
+        draw = None if frozen else self.halves.architecture.__next__
+        self.supernet.train()
+        clock = time.perf_counter()
+        for batch in self.halves.weights.iterate(self.epoch, self.step):
+            moment = self._moment("weights")
+            outcome, arch_outcome = self.method.iteration(self.learner, batch, draw, moment)
+            self.step += 1
+            self._train.add(outcome, self.step)
+            if arch_outcome is not None:
+                self._arch.add(arch_outcome, self.step)
+            if self.step % config.log_every == 0 or self.step == self.steps_per_epoch:
+                self._check_finite()
+                self.progress.step(self._report("train", self._train, lr))
+            now = time.perf_counter()
+            self._pace.add(not frozen, now - clock)
+            self._seconds += now - clock
+            clock = now
+            self._obey(interrupts)
+        val = self._validate(interrupts, lr)
+        self._seconds += time.perf_counter() - clock
+        self._finish_epoch(val, lr)
+
+    def _validate(self, interrupts: Interrupts, lr: float) -> Meter:
+        """Test the supernet, BatchNorm in eval mode; no batches where the epoch has no test.
+
+        A run that was stopped here continues with this test: the epoch's iterations are all done.
+        """
+        config, meter = self.config, Meter(self.device)
+        last = self.epoch == config.epochs - 1
+        if config.validate == "never" or (config.validate == "last" and not last):
+            return meter
+        steps = min(len(self.halves.validation), config.val_batches or len(self.halves.validation))
+        self.supernet.eval()
+        # The same order in every epoch: this is a measurement.
+        batches = self.halves.validation.iterate(0)
+        for number, batch in zip(range(1, steps + 1), batches, strict=False):
+            meter.add(self.learner.evaluate(batch, self._moment("validation")), number)
+            if number % config.log_every == 0 or number == steps:
+                self.progress.step(self._report("validation", meter, lr, (number, steps)))
+            self._obey(interrupts)
+        self.supernet.train()
+        return meter
+
+    def _finish_epoch(self, val: Meter, lr: float) -> None:
+        genotype = self.genotype()
+        record = {
+            "epoch": self.epoch + 1,
+            "train_loss": self._train.loss,
+            "train_accuracy": self._train.accuracy,
+            "arch_loss": self._arch.loss,
+            "arch_accuracy": self._arch.accuracy,
+            "val_loss": val.loss,
+            "val_accuracy": val.accuracy,
+            "lr": lr,
+            "entropy": self.arch.entropy(),
+            "genotype": genotype.to_dict(),
+            "seconds": round(self._seconds, 3),
+        }
+        self.history.append(record)
+        self._train.reset()
+        self._arch.reset()
+        self.epoch, self.step, self._seconds = self.epoch + 1, 0, 0.0
+        if self._directory is not None:
+            # The checkpoint holds the history: a kill between these lines loses nothing.
+            self._save()
+            self._directory.append_metrics(record)
+            self._write_genotype()
+        self.progress.epoch(record, genotype)
+
+    def _obey(self, interrupts: Interrupts) -> None:
+        """Stop at this boundary between iterations if a signal came."""
+        if interrupts.received is None:
+            return
+        self._check_finite()
+        where = f"stopped by {interrupts.name} in epoch {self.epoch + 1}, step {self.step}"
+        if self._directory is None:
+            advice = "nothing is saved, since the run has no folder"
+        else:
+            self._save()
+            advice = f"go on with: fastnas search --resume --out {self.path}"
+        raise SearchInterrupted(f"{where}; {advice}", interrupts.received)
+
+    def _check_finite(self) -> None:
+        for name, meter in (("weights", self._train), ("architecture", self._arch)):
+            bad = meter.bad
+            if bad is None:
+                continue
+            checkpoint = None if self._directory is None else self._directory.checkpoint
+            if checkpoint is not None and checkpoint.exists():
+                kept = f"{checkpoint} is from before"
+            else:
+                kept = "there is no checkpoint from before"
+            raise NonFiniteLossError(
+                f"the loss of the {name} became {bad.value} in epoch {self.epoch + 1}, "
+                f"step {bad.step}; try a lower learning rate or --amp off ({kept})"
+            )
+
+    def _moment(self, phase: Phase) -> Moment:
+        done = self.epoch * self.steps_per_epoch + self.step
+        return Moment(self.epoch, self.config.epochs, done, phase)
+
+    def _report(
+        self, phase: Any, meter: Meter, lr: float, done: tuple[int, int] | None = None
+    ) -> StepReport:
+        step, steps = done or (self.step, self.steps_per_epoch)
+        left = self.config.epochs * self.steps_per_epoch - self._moment(phase).step
+        with_arch = min(
+            left, (self.config.epochs - self.config.arch_warmup_epochs) * self.steps_per_epoch
+        )
+        return StepReport(
+            phase=phase,
+            epoch=self.epoch + 1,
+            epochs=self.config.epochs,
+            step=step,
+            steps=steps,
+            loss=meter.loss,
+            accuracy=meter.accuracy,
+            arch_loss=self._arch.loss,
+            lr=lr,
+            seconds_left=self._pace.seconds(left - with_arch, with_arch),
+        )
+
+    # --- files and state ---------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the search goes on; tensors are not copied."""
+        learner = self.learner
+        return {
+            "config": self.config.to_dict(),
+            "data": self._data_identity(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self._seconds,
+            "history": list(self.history),
+            "supernet": learner.supernet.state_dict(),
+            "arch": learner.arch.state_dict(),
+            "method": learner.method.state_dict(),
+            "weight_optimizer": learner.weight_optimizer.state_dict(),
+            "arch_optimizer": learner.arch_optimizer.state_dict(),
+            "scaler": None if learner.scaler is None else learner.scaler.state_dict(),
+            "architecture_batches": self.halves.architecture.state_dict(),
+            "meters": [self._train.state_dict(), self._arch.state_dict()],
+            "random": self.random.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is of a search with another configuration or other data.
+        """
+        if found := difference(state["config"], self.config.to_dict()):
+            raise ValueError(f"it is of a search with {found}")
+        if list(state["data"]) != self._data_identity():
+            raise ValueError(f"it is of other data: {state['data']}, not {self._data_identity()}")
+        learner = self.learner
+        learner.supernet.load_state_dict(state["supernet"])
+        learner.arch.load_state_dict(state["arch"])
+        learner.method.load_state_dict(state["method"])
+        learner.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        learner.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        if learner.scaler is not None:
+            learner.scaler.load_state_dict(state["scaler"])
+        self.halves.architecture.load_state_dict(state["architecture_batches"])
+        for meter, sums in zip((self._train, self._arch), state["meters"], strict=True):
+            meter.load_state_dict(sums)
+        self.random.load_state_dict(state["random"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self._seconds = state["seconds"]
+        self.history = list(state["history"])
+
+    def _data_identity(self) -> list[Any]:
+        data = self.data
+        return [data.name, data.num_train, data.channels, *data.image_size, data.num_classes]
+
+    def _save(self) -> None:
+        assert self._directory is not None
+        save_checkpoint(self._directory.checkpoint, self.state_dict(), kind=_KIND)
+
+    def _resume(self) -> None:
+        assert self._directory is not None
+        checkpoint = self._directory.checkpoint
+        if not checkpoint.exists():
+            if self._directory.metrics.exists():
+                raise CheckpointError(
+                    f"{checkpoint} is missing, but {self._directory.metrics.name} says that epochs "
+                    "were finished: the run cannot be continued"
+                )
+            # Killed before the first checkpoint: the seed brings the same search again.
+            return
+        state = load_checkpoint(checkpoint, kind=_KIND)
+        try:
+            self.load_state_dict(state)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{checkpoint} does not fit this search: {reason}") from error
+        self.resumed = True
+
+    def _begin_files(self) -> None:
+        if self._directory is None:
+            return
+        if not self.config.resume:
+            RunDirectory.create(self._directory.path, self.config.to_dict())
+        elif self.resumed:
+            self._directory.rewrite_metrics(self.history)
+
+    def _write_genotype(self) -> Any:
+        genotype = self.genotype()
+        if self._directory is not None:
+            write_text(self._directory.genotype, genotype.to_json())
+        return genotype
+
+
+def _open_directory(config: SearchConfig) -> RunDirectory | None:
+    """The run's folder, checked but not yet written to."""
+    if config.out is None:
+        return None
+    if not config.resume:
+        return RunDirectory.free(config.out)
+    directory = RunDirectory.resume(config.out)
+    begun = read_json(directory.config)
+    if not isinstance(begun, dict):
+        raise ValueError(f"{directory.config}: expected an object with fields")
+    if found := difference(begun, config.to_dict()):
+        raise ValueError(
+            f"{directory.path} was begun with {found}: continue it with the same options, "
+            "or start another run with another --out"
+        )
+    return directory

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a search tells what it is doing: subclass :class:`Progress`, or take the lines of text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+if TYPE_CHECKING:
+    from fastnas.search.loop import Search, SearchResult
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """State of the current epoch.
+
+    Attributes:
+        phase: training, or the test of the supernet after it.
+        epoch: number of the epoch, from 1.
+        epochs: how many there are.
+        step: batches done in this phase.
+        steps: how many there are.
+        loss: mean loss of the weights' batches of this epoch; in validation, of the batches so far.
+            None where it is not finite.
+        accuracy: share of them classified rightly.
+        arch_loss: mean loss of the architecture's batches, None while it is frozen.
+        lr: learning rate of the weights.
+        seconds_left: estimate for the rest of the search, None before there is one.
+    """
+
+    phase: Literal["train", "validation"]
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float | None
+    accuracy: float | None
+    arch_loss: float | None
+    lr: float
+    seconds_left: float | None
+
+
+class Progress:
+    """Receives what happens; the methods of this class do nothing."""
+
+    def start(self, search: Search) -> None:
+        """The search begins, or goes on (``search.epoch``, ``search.step`` say where)."""
+
+    def step(self, report: StepReport) -> None:
+        """Some more iterations are done (``config.log_every``, and at the end of a phase)."""
+
+    def epoch(self, record: Mapping[str, Any], genotype: Any) -> None:
+        """An epoch is over: its line of ``metrics.jsonl``, and the genotype as of now."""
+
+    def end(self, result: SearchResult) -> None:
+        """The search is over."""
+
+    def stop(self, reason: BaseException) -> None:
+        """The search stops early, through a signal or an error, which is raised afterwards."""
+
+
+class TextProgress(Progress):
+    """One line of text for the start, each epoch, and the end.
+
+    Args:
+        stream: where to write; standard output by default.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+
+    def start(self, search: Search) -> None:
+        """Say what is searched."""
+        c = search.config
+        where = f", {c.out}" if c.out else ""
+        begun = f", continued after epoch {search.epoch}" if search.resumed else ""
+        self._write(f"search: {c.space} by {c.method} on {c.data}, {search.device}{where}{begun}")
+
+    def epoch(self, record: Mapping[str, Any], genotype: Any) -> None:
+        """Losses and accuracies."""
+        parts = [
+            f"epoch {record['epoch']}",
+            f"loss {record['train_loss']:.4f}",
+            f"accuracy {record['train_accuracy']:.1%}",
+        ]
+        if record["arch_loss"] is not None:
+            parts.append(f"architecture loss {record['arch_loss']:.4f}")
+        if record["val_loss"] is not None:
+            parts.append(f"validation loss {record['val_loss']:.4f}")
+            parts.append(f"validation accuracy {record['val_accuracy']:.1%}")
+        parts.append(f"lr {record['lr']:.4g}")
+        parts.append(f"{record['seconds']:.1f} s")
+        self._write(", ".join(parts))
+
+    def end(self, result: SearchResult) -> None:
+        """The genotype."""
+        self._write(str(result.genotype))
+
+    def _write(self, line: str) -> None:
+        print(line, file=self._stream or sys.stdout, flush=True)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Process-wide switches of PyTorch for the time of a run, put back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+# cuBLAS is deterministic only with a fixed workspace, chosen by this variable.
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextlib.contextmanager
+def runtime(threads: int = 0, deterministic: bool = False) -> Iterator[None]:
+    """Set number of threads and determinism within a block.
+
+    Args:
+        threads: CPU threads, 0 to leave them.
+        deterministic: allow only deterministic algorithms; otherwise cuDNN picks the fastest by
+            trying them.
+    """
+    before = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+        os.environ.get(_CUBLAS),
+    )
+    try:
+        if threads:
+            torch.set_num_threads(threads)
+        if deterministic:
+            os.environ.setdefault(_CUBLAS, ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = not deterministic
+        yield
+    finally:
+        count, enabled, warn_only, benchmark, workspace = before
+        if threads:
+            torch.set_num_threads(count)
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop(_CUBLAS, None)
