@@ -1,7 +1,8 @@
 """Cut the embedded data set fashion-mnist-mini from Debian's package dataset-fashion-mnist.
 
-The first 500 training images and the first 100 test images of each of the ten classes are kept, in their
-original order. Running it again gives the same files, byte for byte (with another zlib: the same images).
+The first 500 training images and the first 100 test images of each of the ten classes are kept, in
+their original order. Running it again gives the same files, byte for byte (with another zlib: the
+same images).
 
     apt-get install dataset-fashion-mnist
     python tools/make_fashion_mnist_mini.py
