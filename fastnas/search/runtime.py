@@ -45,3 +45,23 @@ def runtime(threads: int = 0, deterministic: bool = False) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
         if workspace is None:
             os.environ.pop(_CUBLAS, None)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is CUDA where there is a device, else the CPU.
+
+    Raises:
+        ValueError: PyTorch does not know it, or there is none on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected cpu, cuda or auto, but got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected one that is there, but got {name!r} and PyTorch sees "
+            f"{torch.cuda.device_count()} CUDA devices"
+        )
+    return device

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of an evaluation: one dataclass for Python and the command line, with presets.
+
+``preset_config("cifar10", source="DARTS_V2", epochs=100)`` takes the values of a preset, then what
+is given. ``EvaluateConfig()`` is the preset ``demo``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from fastnas.data import DEFAULT, Augment
+from fastnas.evaluate.source import GenotypeSource
+from fastnas.search.fields import from_dict, to_dict
+from fastnas.search.runtime import resolve_device
+from fastnas.search.schedule import ScheduleName
+
+__all__ = ["PRESETS", "RUNTIME_FIELDS", "EvaluateConfig", "preset_config"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Everything that decides how a derived network is trained and tested."""
+
+    source: tyro.conf.Positional[str] = "runs/demo"
+    """What to train: the folder of a search, a genotype file, or a published name such as
+    PC_DARTS_cifar (`fastnas genotypes` lists them)."""
+    data: str | None = None
+    """Images to train on, as fastnas.data.load reads it: fashion-mnist-mini, cifar10:DIR, ... None
+    takes those of the search, and fashion-mnist-mini where there was none."""
+    image_size: int | None = None
+    """Side of the images in pixels; None keeps the size of the data."""
+    out: str | None = "auto"
+    """Folder of the run; auto means `eval` in the folder of the search, else runs/eval-NAME. From
+    Python, None writes nothing."""
+    resume: bool = False
+    """Continue the run in --out from its checkpoint."""
+
+    C: int = 8
+    """Channels of the first cell's nodes."""
+    layers: int = 5
+    """Number of cells."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """First layers: cifar keeps the image size, imagenet divides it by eight."""
+
+    epochs: int = 8
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images in a batch."""
+    lr: float = 0.1
+    """Learning rate (SGD) at the start."""
+    lr_min: float = 0.0
+    """Learning rate towards which the cosine falls."""
+    schedule: ScheduleName = "cosine"
+    """How the learning rate falls: cosine, linear (PC-DARTS on ImageNet), exponential (DARTS on
+    ImageNet) or constant."""
+    lr_warmup_epochs: int = 0
+    """First epochs, in which the learning rate rises linearly."""
+    lr_decay: float = 0.97
+    """Factor of the exponential schedule, per epoch."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 3e-4
+    """L2 factor of the weights."""
+    grad_clip: float = 5.0
+    """Largest gradient norm; 0 for no limit."""
+
+    auxiliary: bool = False
+    """Train with an auxiliary classifier behind the second reduction cell."""
+    auxiliary_weight: float = 0.4
+    """Weight of its loss."""
+    drop_path: float = 0.0
+    """Probability to drop an operation's output for an image; it rises linearly over the epochs."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    augment: Augment = field(default_factory=Augment)
+    """What is done to the training images."""
+
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes CUDA where there is a device."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Mixed precision."""
+    memory_format: Literal["contiguous", "channels_last"] = "channels_last"
+    """Layout of images and weights."""
+    deterministic: bool = False
+    """Allow only deterministic algorithms of PyTorch (on a GPU; slower)."""
+    threads: int = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+    log_every: int = 10
+    """Batches between two reports of progress."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("C", "layers", "epochs", "batch_size", "log_every"):
+            _in_range(name, getattr(self, name), 1)
+        for name in _NOT_NEGATIVE:
+            _in_range(name, getattr(self, name), 0)
+        for name in ("drop_path", "label_smoothing"):
+            _in_range(name, getattr(self, name), 0, 1)
+
+    def torch_device(self) -> torch.device:
+        """The device that ``device`` names; ValueError if there is none."""
+        return resolve_device(self.device)
+
+    def resolve(self, source: GenotypeSource) -> EvaluateConfig:
+        """The same with ``data`` and ``out`` as they follow from the source."""
+        data = self.data or source.data or DEFAULT
+        out = self.out
+        if out == "auto":
+            name = Path(source.label).stem
+            out = f"runs/eval-{name}" if source.search is None else str(source.search / "eval")
+        return dataclasses.replace(self, data=data, out=out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "configuration") -> EvaluateConfig:
+        """Build from what :meth:`to_dict` gave, checking every field.
+
+        Raises:
+            ValueError: an unknown key, a wrong type or a value out of range; one sentence that
+                begins with ``where``.
+        """
+        return from_dict(cls, data, where)
+
+
+# Fields that may differ between a run and its continuation: they name places and means, not the
+# training itself. The genotype is compared, not the words it was asked for with.
+RUNTIME_FIELDS = frozenset({"source", "out", "resume", "device", "threads", "log_every"})
+
+_NOT_NEGATIVE = (
+    *("lr", "lr_min", "lr_warmup_epochs", "lr_decay", "momentum", "weight_decay", "grad_clip"),
+    *("auxiliary_weight", "seed", "threads"),
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    # DARTS, appendix A.2.1; PC-DARTS trains the same way with a drop path of 0.3.
+    "cifar10": {
+        "data": "cifar10:data/cifar10",
+        "C": 36,
+        "layers": 20,
+        "epochs": 600,
+        "batch_size": 96,
+        "lr": 0.025,
+        "auxiliary": True,
+        "drop_path": 0.2,
+        "augment": Augment.cifar(cutout=16),
+    },
+    # DARTS, appendix A.2.3.
+    "imagenet": {
+        "data": "folder:data/imagenet",
+        "image_size": 224,
+        "C": 48,
+        "layers": 14,
+        "stem": "imagenet",
+        "epochs": 250,
+        "batch_size": 128,
+        "lr": 0.1,
+        "schedule": "exponential",
+        "weight_decay": 3e-5,
+        "auxiliary": True,
+        "label_smoothing": 0.1,
+        "augment": Augment.imagenet(),
+    },
+}
+"""Fields of each preset that differ from the defaults, which are those of ``demo``."""
+
+
+def preset_config(preset: str = "demo", **fields: Any) -> EvaluateConfig:
+    """The configuration of a preset.
+
+    Args:
+        preset: ``demo`` (minutes on a CPU, the images in the package), ``cifar10`` or ``imagenet``.
+        fields: fields of :class:`EvaluateConfig` that differ from the preset.
+
+    Raises:
+        ValueError: an unknown preset, or a value out of range.
+        TypeError: a field that :class:`EvaluateConfig` does not have.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, but got {preset!r}")
+    known = {f.name for f in dataclasses.fields(EvaluateConfig)}
+    if unknown := sorted(set(fields) - known):
+        raise TypeError(f"preset_config: EvaluateConfig has no field {unknown[0]!r}")
+    return EvaluateConfig(**{**PRESETS[preset], **fields})
+
+
+def _in_range(name: str, value: float, least: float, below: float | None = None) -> None:
+    # Written so that nan fails too.
+    if not value >= least or (below is not None and not value < below):
+        wanted = f"at least {least}" + ("" if below is None else f" and below {below}")
+        raise ValueError(f"{name}: expected {wanted}, but got {value}")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an evaluation tells what it is doing: subclass :class:`Progress`, or take lines of text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TextIO
+
+from fastnas.search.progress import StepReport
+
+if TYPE_CHECKING:
+    from fastnas.evaluate.train import Evaluation, EvaluationResult
+
+__all__ = ["Progress", "StepReport", "TextProgress"]
+
+
+class Progress:
+    """Receives what happens; the methods of this class do nothing."""
+
+    def start(self, evaluation: Evaluation) -> None:
+        """The training begins, or goes on (``evaluation.epoch``, ``evaluation.step`` say where)."""
+
+    def step(self, report: StepReport) -> None:
+        """Some more batches are done (``config.log_every``, and at the end of a phase)."""
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """An epoch is over: its line of ``metrics.jsonl``."""
+
+    def end(self, result: EvaluationResult) -> None:
+        """The training is over."""
+
+    def stop(self, reason: BaseException) -> None:
+        """The training stops early, through a signal or an error, which is raised afterwards."""
+
+
+class TextProgress(Progress):
+    """One line of text for the start, each epoch, and the end.
+
+    Args:
+        stream: where to write; standard output by default.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+
+    def start(self, evaluation: Evaluation) -> None:
+        """Say what is trained."""
+        e = evaluation
+        where = "" if e.path is None else f", {e.path}"
+        begun = f", continued after epoch {e.epoch}" if e.resumed else ""
+        self._write(
+            f"evaluation: {e.source.label} on {e.data.name}, C {e.config.C}, "
+            f"{e.config.layers} layers, {e.parameters:,} parameters, {e.device}{where}{begun}"
+        )
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """Losses and accuracies."""
+        self._write(
+            f"epoch {record['epoch']}, loss {record['train_loss']:.4f}, "
+            f"accuracy {record['train_accuracy']:.1%}, test loss {record['test_loss']:.4f}, "
+            f"test accuracy {record['test_accuracy']:.1%}, lr {record['lr']:.4g}, "
+            f"{record['seconds']:.1f} s"
+        )
+
+    def end(self, result: EvaluationResult) -> None:
+        """Accuracy, parameters and multiply-accumulates."""
+        for name, value in result.summary():
+            self._write(f"{name}: {value}")
+
+    def _write(self, line: str) -> None:
+        print(line, file=self._stream or sys.stdout, flush=True)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the architecture to train comes from: a run of a search, a file, or a published name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastnas.search.files import RunDirectory, read_json
+from fastnas.spaces import SPACES
+
+__all__ = ["GenotypeSource", "find_genotype"]
+
+_MAX_BYTES = 100_000
+"""Size of a genotype file; a real one has about 1 kB."""
+
+
+@dataclass(frozen=True)
+class GenotypeSource:
+    """An architecture and where it came from.
+
+    Attributes:
+        genotype: the architecture, an instance of its space's genotype class.
+        space: key of its space in ``fastnas.spaces.SPACES``.
+        label: the words it was asked for with.
+        search: folder of the search that found it, None when it came from elsewhere.
+        data: the data that search used, as ``fastnas.data.load`` reads it, else None.
+    """
+
+    genotype: Any
+    space: str
+    label: str
+    search: Path | None = None
+    data: str | None = None
+
+
+def find_genotype(source: str | os.PathLike[str]) -> GenotypeSource:
+    """Find the architecture that ``source`` names.
+
+    Args:
+        source: a published name (``PC_DARTS_cifar``), the folder of a search, or a file: JSON as a
+            search writes it, or text with one ``Genotype(...)`` in it, as DARTS prints it. A file
+            or folder that has the name of a published architecture is reached as ``./NAME``.
+
+    Raises:
+        FileNotFoundError: nothing has that name, or the search has not written a genotype yet.
+        ValueError: the file is too large or holds no valid genotype.
+    """
+    name = os.fspath(source)
+    for space in SPACES.values():
+        if name in space.genotypes:
+            return GenotypeSource(space.genotypes[name], space.name, name)
+    path = Path(name)
+    if path.is_dir():
+        return _from_search(path)
+    if path.is_file():
+        genotype, space_name = _from_file(path)
+        return GenotypeSource(genotype, space_name, name)
+    published = ", ".join(n for space in SPACES.values() for n in space.genotypes)
+    raise FileNotFoundError(
+        f"{name}: expected the folder of a search, a genotype file or a published name "
+        f"({published}), but there is no such thing; `fastnas search --out {name}` makes a search"
+    )
+
+
+def _from_search(folder: Path) -> GenotypeSource:
+    run = RunDirectory(folder)
+    if not run.genotype.is_file():
+        if run.config.is_file():
+            raise FileNotFoundError(
+                f"{folder}: the search there has not written {run.genotype.name} yet; "
+                f"continue it with: fastnas search --resume --out {folder}"
+            )
+        raise FileNotFoundError(
+            f"{folder}: expected the folder of a search, but it holds no {run.genotype.name}"
+        )
+    genotype, space = _from_file(run.genotype)
+    data = None
+    if run.config.is_file():
+        config = read_json(run.config)
+        data = config.get("data") if isinstance(config, dict) else None
+    return GenotypeSource(
+        genotype, space, str(folder), search=folder, data=data if isinstance(data, str) else None
+    )
+
+
+def _from_file(path: Path) -> tuple[Any, str]:
+    """The genotype in a file and the name of its space."""
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"{path}: expected a genotype, but the file has over {_MAX_BYTES} bytes")
+    text = content.decode("utf-8", errors="replace")
+    try:
+        if text.lstrip().startswith("{"):
+            return _from_json(text)
+        return SPACES["darts"].genotype.parse(_call(text)), "darts"
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _from_json(text: str) -> tuple[Any, str]:
+    """The genotype class checks the whole; only the name of the space is looked at here."""
+    import json
+
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not a JSON file ({error})") from None
+    name = data.get("space")
+    if not isinstance(name, str) or name not in SPACES:
+        raise ValueError(f"expected a genotype of one of the spaces {', '.join(SPACES)}")
+    return SPACES[name].genotype.from_dict(data), name
+
+
+def _call(text: str) -> str:
+    """The one ``Genotype(...)`` in a text such as a log or a line ``NAME = Genotype(...)``."""
+    calls = text.count("Genotype(")
+    if calls != 1:
+        raise ValueError(f"expected JSON or a text with one Genotype(...), but found {calls}")
+    start, end = text.index("Genotype("), text.rfind(")")
+    return text[start : end + 1]

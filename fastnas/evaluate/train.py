@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the network of a genotype and tests it after every epoch (DARTS, appendices A.2.1, A.2.3).
+
+All state is in :class:`Evaluation` and its ``state_dict``. Batches are functions of (seed, epoch,
+position), learning rate and drop path functions of the epoch, and the random generators belong to
+the evaluation, so a run that continues from a checkpoint does what the uninterrupted run would have
+done, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnas.data import load
+from fastnas.data.interface import Data
+from fastnas.evaluate.config import RUNTIME_FIELDS, EvaluateConfig
+from fastnas.evaluate.progress import Progress, StepReport, TextProgress
+from fastnas.evaluate.result import NETWORK_KIND, EvaluationResult, network_state
+from fastnas.evaluate.source import GenotypeSource, find_genotype
+from fastnas.methods import Outcome
+from fastnas.search.checkpoint import RandomState, save_checkpoint
+from fastnas.search.files import write_json, write_text
+from fastnas.search.interrupts import Interrupts
+from fastnas.search.meters import Meter, Pace
+from fastnas.search.resumable import Resumable, data_identity
+from fastnas.search.runtime import runtime
+from fastnas.search.schedule import learning_rate
+from fastnas.spaces import count_operations, count_parameters, get_space
+
+__all__ = ["Evaluation"]
+
+_AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LAYOUT = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_TOP = 5
+
+
+class Evaluation(Resumable):
+    """Trains a derived network from scratch and measures it on the test images.
+
+    Args:
+        config: everything that decides how it goes.
+        genotype: architecture to train instead of the one ``config.source`` names; of the space
+            ``darts`` unless a :class:`GenotypeSource` says otherwise.
+        data: images to use instead of ``config.data``.
+        progress: told what happens; lines of text on standard output by default.
+
+    Attributes:
+        network: the network.
+        source: its genotype, and where it came from.
+        parameters: number of its parameters without the auxiliary head.
+        steps_per_epoch: batches of an epoch.
+        best: accuracy on the test images and epoch (from 1) of the best test so far, or None.
+
+    Raises:
+        ValueError: the configuration does not fit genotype, data or machine, or is not that of the
+            run to resume.
+        FileExistsError: ``config.out`` holds a run and ``config.resume`` is off.
+        FileNotFoundError: there is no such genotype, nothing to resume, or the data is missing.
+        CheckpointError: the checkpoint is damaged or of another evaluation.
+    """
+
+    kind = "evaluation"
+    runtime_fields = RUNTIME_FIELDS
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        *,
+        genotype: Any = None,
+        data: Data | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.device = config.torch_device()
+        if genotype is None:
+            self.source = find_genotype(config.source)
+        elif isinstance(genotype, GenotypeSource):
+            self.source = genotype
+        else:
+            self.source = GenotypeSource(genotype, "darts", "genotype")
+        if data is not None:
+            config = dataclasses.replace(config, data=data.name)
+        self.config = config = config.resolve(self.source)
+        self.progress = TextProgress() if progress is None else progress
+        super().__init__(config.to_dict(), config.out, config.resume)
+        if data is None:
+            assert config.data is not None  # resolved above
+            data = load(config.data, image_size=config.image_size)
+        self.data = data.to(self.device)
+        self.random = RandomState(config.seed, self.device)
+        self._build_batches()
+        with self.random.use():
+            self._build_network()
+        self.best: tuple[float, int] | None = None
+        self._train = Meter(self.device)
+        self._pace = Pace()
+        self._seconds = 0.0
+        if config.resume:
+            self._restore()
+
+    def _build_batches(self) -> None:
+        c = self.config
+        shared = {"device": self.device, "seed": c.seed, "memory_format": _LAYOUT[c.memory_format]}
+        # BatchNorm cannot learn from a last batch of one image: an incomplete one is left out.
+        self._batches = self.data.train_batches(
+            min(c.batch_size, self.data.num_train), augment=c.augment, drop_last=True, **shared
+        )
+        self._tests = self.data.test_batches(min(c.batch_size, self.data.num_test), **shared)
+        self.steps_per_epoch = len(self._batches)
+
+    def _build_network(self) -> None:
+        c, data = self.config, self.data
+        self.network: nn.Module = get_space(self.source.space).network(
+            self.source.genotype,
+            C=c.C,
+            layers=c.layers,
+            num_classes=data.num_classes,
+            auxiliary=c.auxiliary,
+            stem=c.stem,
+            in_channels=data.channels,
+        )
+        # This also runs the network on shapes alone: images that do not fit are refused here.
+        self.operations = count_operations(self.network, (1, data.channels, *data.image_size))
+        self.parameters = count_parameters(self.network)
+        self.network.to(device=self.device, memory_format=_LAYOUT[c.memory_format])
+        self._parameters = list(self.network.parameters())
+        self.optimizer = torch.optim.SGD(
+            self._parameters, c.lr, momentum=c.momentum, weight_decay=c.weight_decay, foreach=True
+        )
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
+        self._criterion = nn.CrossEntropyLoss(label_smoothing=c.label_smoothing)
+
+    def run(self) -> EvaluationResult:
+        """Train to the end, from the start or from where the checkpoint was taken.
+
+        Returns:
+            Accuracies, sizes and the record of every epoch.
+
+        Raises:
+            SearchInterrupted: SIGINT or SIGTERM came; the checkpoint is of the last iteration.
+            NonFiniteLossError: the loss became NaN or infinite.
+            OSError: a file of the run cannot be written.
+        """
+        self._begin_files()
+        if self._directory is not None:
+            write_text(self._directory.genotype, self.source.genotype.to_json())
+        runtime_ = runtime(self.config.threads, self.config.deterministic)
+        with runtime_, self.random.use(), Interrupts() as interrupts:
+            try:
+                self.progress.start(self)
+                while self.epoch < self.config.epochs:
+                    self._run_epoch(interrupts)
+                result = self._result()
+                if self._directory is not None:
+                    write_json(self._directory.path / "result.json", result.to_dict())
+                self.progress.end(result)
+            except BaseException as reason:
+                self.progress.stop(reason)
+                raise
+        return result
+
+    # --- an epoch ----------------------------------------------------------------------------
+
+    def _run_epoch(self, interrupts: Interrupts) -> None:
+        c = self.config
+        lr = learning_rate(
+            self.epoch,
+            c.epochs,
+            c.lr,
+            c.lr_min,
+            schedule=c.schedule,
+            warmup_epochs=c.lr_warmup_epochs,
+            decay=c.lr_decay,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Rises linearly and stays just below its limit.
+        self.network.drop_path_prob = c.drop_path * self.epoch / c.epochs
+        self.network.train()
+        clock = time.perf_counter()
+        for x, y in self._batches.iterate(self.epoch, self.step):
+            outcome = self._train_step(x, y)
+            self.step += 1
+            self._train.add(outcome, self.step)
+            if self.step % c.log_every == 0 or self.step == self.steps_per_epoch:
+                self._check_finite(self.meters())
+                self.progress.step(
+                    self._report("train", self._train, lr, self.step, self.steps_per_epoch)
+                )
+            now = time.perf_counter()
+            self._pace.add(False, now - clock)
+            self._seconds += now - clock
+            clock = now
+            self._obey(interrupts)
+        top1, top5 = self._test(interrupts, lr)
+        self._seconds += time.perf_counter() - clock
+        self._finish_epoch(top1, top5, lr)
+
+    def _train_step(self, x: Tensor, y: Tensor) -> Outcome:
+        c = self.config
+        logits, auxiliary = self._forward(x)
+        loss = task_loss = self._criterion(logits, y)
+        if auxiliary is not None:
+            loss = loss + c.auxiliary_weight * self._criterion(auxiliary, y)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(loss).backward()
+        if c.grad_clip > 0:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, c.grad_clip, foreach=True)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        correct = (logits.detach().argmax(dim=1) == y).sum()
+        return Outcome(task_loss.detach(), correct, y.numel())
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits in float32, and those of the auxiliary head if there is one in this mode."""
+        dtype = _AMP[self.config.amp]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            output = self.network(x)
+        if isinstance(output, tuple):
+            return output[0].float(), output[1].float()
+        return output.float(), None
+
+    def _test(self, interrupts: Interrupts, lr: float) -> tuple[Meter, Meter]:
+        """Test the network: meters whose accuracies are top-1 and top-5.
+
+        A run that was stopped here continues with this test: the epoch's iterations are all done.
+        """
+        top1, top5 = Meter(self.device), Meter(self.device)
+        steps = len(self._tests)
+        self.network.eval()
+        for number, (x, y) in enumerate(self._tests.iterate(0), 1):
+            with torch.no_grad():
+                logits, _ = self._forward(x)
+                loss = nn.functional.cross_entropy(logits, y)
+                ranked = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices == y[:, None]
+            top1.add(Outcome(loss, ranked[:, 0].sum(), len(y)), number)
+            top5.add(Outcome(loss, ranked.sum(), len(y)), number)
+            if number % self.config.log_every == 0 or number == steps:
+                self.progress.step(self._report("validation", top1, lr, number, steps))
+            self._obey(interrupts)
+        self.network.train()
+        return top1, top5
+
+    def _finish_epoch(self, top1: Meter, top5: Meter, lr: float) -> None:
+        # The last step's weights are seen by no training loss; a checkpoint must not hold them.
+        self._check_finite({"test images": top1})
+        accuracy = top1.accuracy
+        assert accuracy is not None
+        record = {
+            "epoch": self.epoch + 1,
+            "train_loss": self._train.loss,
+            "train_accuracy": self._train.accuracy,
+            "test_loss": top1.loss,
+            "test_accuracy": accuracy,
+            "test_accuracy_top5": top5.accuracy if self.data.num_classes > _TOP else None,
+            "lr": lr,
+            "drop_path": self.network.drop_path_prob,
+            "seconds": round(self._seconds, 3),
+        }
+        self.history.append(record)
+        self._train.reset()
+        self.epoch, self.step, self._seconds = self.epoch + 1, 0, 0.0
+        improved = self.best is None or accuracy > self.best[0]
+        if improved:
+            self.best = (accuracy, self.epoch)
+        if self._directory is not None:
+            # The best network comes first: whatever a kill prevents is then done again.
+            if improved:
+                state = network_state(self.network, self.source, self.config, self.data, record)
+                save_checkpoint(self._directory.path / "best.pt", state, kind=NETWORK_KIND)
+            self._save()
+            self._directory.append_metrics(record)
+        self.progress.epoch(record)
+
+    def _report(self, phase: Any, meter: Meter, lr: float, step: int, steps: int) -> StepReport:
+        left = (self.config.epochs - self.epoch) * self.steps_per_epoch - self.step
+        return StepReport(
+            phase=phase,
+            epoch=self.epoch + 1,
+            epochs=self.config.epochs,
+            step=step,
+            steps=steps,
+            loss=meter.loss,
+            accuracy=meter.accuracy,
+            arch_loss=None,
+            lr=lr,
+            seconds_left=self._pace.seconds(left, 0),
+        )
+
+    def _result(self) -> EvaluationResult:
+        last = self.history[-1]
+        assert self.best is not None
+        return EvaluationResult(
+            source=self.source.label,
+            genotype=self.source.genotype,
+            space=self.source.space,
+            data=self.data.name,
+            epochs=self.epoch,
+            accuracy=last["test_accuracy"],
+            accuracy_top5=last["test_accuracy_top5"],
+            best_accuracy=self.best[0],
+            best_epoch=self.best[1],
+            parameters=self.parameters,
+            parameters_with_auxiliary=count_parameters(self.network, auxiliary=True),
+            macs=self.operations.macs,
+            macs_with_elementwise=self.operations.with_elementwise,
+            seconds=round(sum(record["seconds"] for record in self.history), 3),
+            device=str(self.device),
+            history=self.history,
+            path=self.path,
+        )
+
+    # --- state -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the training goes on; tensors are not copied."""
+        return {
+            "config": self.config.to_dict(),
+            "genotype": self.source.genotype.to_dict(),
+            "data": data_identity(self.data),
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self._seconds,
+            "history": list(self.history),
+            "best": self.best,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "meter": self._train.state_dict(),
+            "random": self.random.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is of an evaluation with another configuration, genotype or data.
+        """
+        self._check_state(state, self.data)
+        if state["genotype"] != self.source.genotype.to_dict():
+            raise ValueError("it is of another genotype (has the search gone on since?)")
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self._train.load_state_dict(state["meter"])
+        self.random.load_state_dict(state["random"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self._seconds = state["seconds"]
+        self.history = list(state["history"])
+        self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
+
+    def meters(self) -> Mapping[str, Meter]:
+        """The loss on the training images."""
+        return {"training images": self._train}
+
+    def how_to_go_on(self) -> str:
+        """The command that continues this run."""
+        return f"fastnas eval --resume --out {self.path}"

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every run that can be stopped and continued shares: its folder, checkpoints and signals."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fastnas.data.interface import Data
+from fastnas.search.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastnas.search.files import RunDirectory, read_json
+from fastnas.search.interrupts import Interrupts, SearchInterrupted
+from fastnas.search.loop import NonFiniteLossError
+from fastnas.search.meters import Meter
+
+__all__ = ["Resumable", "data_identity", "difference"]
+
+
+class Resumable(abc.ABC):
+    """A run in epochs and steps. Subclasses say what its state is and call in at each boundary.
+
+    Args:
+        config: the configuration as JSON can hold it.
+        out: folder of the run, None to write nothing.
+        resume: go on with the run in ``out``.
+
+    Attributes:
+        kind: the word for such a run, also the kind of its checkpoints.
+        runtime_fields: fields of the configuration that may differ when a run goes on.
+        epoch: epochs finished.
+        step: iterations done in the current epoch.
+        history: records of the finished epochs.
+        resumed: whether a checkpoint was loaded.
+
+    Raises:
+        FileExistsError: ``out`` holds a run and ``resume`` is off.
+        FileNotFoundError: there is nothing to resume.
+        ValueError: the run to resume has another configuration.
+    """
+
+    kind: ClassVar[str]
+    runtime_fields: ClassVar[Collection[str]] = ()
+
+    def __init__(self, config: Mapping[str, Any], out: str | None, resume: bool) -> None:
+        self.epoch = 0
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.resumed = False
+        self._begun_with = dict(config)
+        self._continues = resume
+        self._directory = None if out is None else self._open(out)
+
+    @property
+    def path(self) -> Path | None:
+        """The run's folder, None when nothing is written."""
+        return None if self._directory is None else self._directory.path
+
+    @abc.abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the run goes on; tensors are not copied."""
+
+    @abc.abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of :meth:`state_dict`."""
+
+    @abc.abstractmethod
+    def how_to_go_on(self) -> str:
+        """The command that continues this run."""
+
+    @abc.abstractmethod
+    def meters(self) -> Mapping[str, Meter]:
+        """The losses that must stay finite, by what they are the loss of."""
+
+    def _open(self, out: str) -> RunDirectory:
+        """The run's folder, checked but not yet written to."""
+        if not self._continues:
+            return RunDirectory.free(out)
+        directory = RunDirectory.resume(out)
+        begun = read_json(directory.config)
+        if not isinstance(begun, dict):
+            raise ValueError(f"{directory.config}: expected an object with fields")
+        if found := difference(begun, self._begun_with, self.runtime_fields):
+            raise ValueError(
+                f"{directory.path} was begun with {found}: continue it with the same options, "
+                "or start another run with another --out"
+            )
+        return directory
+
+    def _begin_files(self) -> None:
+        if self._directory is None:
+            return
+        if not self._continues:
+            RunDirectory.create(self._directory.path, self._begun_with)
+        elif self.resumed:
+            self._directory.rewrite_metrics(self.history)
+
+    def _save(self) -> None:
+        assert self._directory is not None
+        save_checkpoint(self._directory.checkpoint, self.state_dict(), kind=self.kind)
+
+    def _restore(self) -> None:
+        """Load the checkpoint of the run to resume, if it got as far as writing one."""
+        assert self._directory is not None
+        checkpoint = self._directory.checkpoint
+        if not checkpoint.exists():
+            if self._directory.metrics.exists():
+                raise CheckpointError(
+                    f"{checkpoint} is missing, but {self._directory.metrics.name} says that epochs "
+                    "were finished: the run cannot be continued"
+                )
+            # Killed before the first checkpoint: the seed brings the same run again.
+            return
+        state = load_checkpoint(checkpoint, kind=self.kind)
+        try:
+            self.load_state_dict(state)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{checkpoint} does not fit this run: {reason}") from error
+        self.resumed = True
+
+    def _check_state(self, state: Mapping[str, Any], data: Data) -> None:
+        """Raise a ValueError if a state is of another configuration or of other data."""
+        if found := difference(state["config"], self._begun_with, self.runtime_fields):
+            raise ValueError(f"it is of a {self.kind} with {found}")
+        if list(state["data"]) != data_identity(data):
+            raise ValueError(f"it is of other data: {state['data']}, not {data_identity(data)}")
+
+    def _obey(self, interrupts: Interrupts) -> None:
+        """Stop at this boundary between iterations if a signal came."""
+        if interrupts.received is None:
+            return
+        self._check_finite(self.meters())
+        where = f"stopped by {interrupts.name} in epoch {self.epoch + 1}, step {self.step}"
+        if self._directory is None:
+            advice = "nothing is saved, since the run has no folder"
+        else:
+            self._save()
+            advice = f"go on with: {self.how_to_go_on()}"
+        raise SearchInterrupted(f"{where}; {advice}", interrupts.received)
+
+    def _check_finite(self, meters: Mapping[str, Meter]) -> None:
+        for name, meter in meters.items():
+            bad = meter.bad
+            if bad is None:
+                continue
+            checkpoint = None if self._directory is None else self._directory.checkpoint
+            if checkpoint is not None and checkpoint.exists():
+                kept = f"{checkpoint} is from before"
+            else:
+                kept = "there is no checkpoint from before"
+            raise NonFiniteLossError(
+                f"the loss of the {name} became {bad.value} in epoch {self.epoch + 1}, "
+                f"step {bad.step}; try a lower learning rate or --amp off ({kept})"
+            )
+
+
+def difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[str] = ()
+) -> str | None:
+    """The first field in which two configurations differ, as ``name=old, not new``; else None."""
+    for name in new:
+        if name not in ignore and old.get(name) != new[name]:
+            return f"{name}={old.get(name)!r}, not {new[name]!r}"
+    return None
+
+
+def data_identity(data: Data) -> list[Any]:
+    """What tells one set of images from another in a checkpoint."""
+    return [data.name, data.num_train, data.channels, *data.image_size, data.num_classes]
