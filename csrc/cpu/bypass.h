@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// The channels of PC-DARTS' mixed op that no candidate sees: copied, or pooled 2x2, into their shuffled places.
+// Bypassed channel j = (q - 1) c + r of rest is channel r k + q of the output, q = 1 .. k - 1, r = 0 .. c - 1.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "mix.h"
+
+namespace fastnas {
+
+struct Bypass {
+  int64_t N, c, k;       // batch, processed channels, groups
+  int64_t H, W;          // of rest
+  int64_t oh, ow;        // of the output: H x W, or half of each, rounded down
+  int64_t sn, sc, sh, sw;  // strides of rest in elements
+
+  bool pooled() const { return oh != H || ow != W; }
+  int64_t channels() const { return (k - 1) * c; }
+  int64_t target(int64_t j) const { return j % c * k + j / c + 1; }
+};
+
+// Which of a 2x2 window max_pool2d picks: the first largest, or the last NaN. Its row is the result / 2.
+template <typename T>
+inline int64_t largest(const T* p, int64_t sh, int64_t sw) {
+  int64_t best = 0;
+  acc_type<T> top = to_acc(p[0]);
+  for (int64_t i = 1; i < 4; ++i) {
+    const acc_type<T> v = to_acc(p[i / 2 * sh + i % 2 * sw]);
+    if (v > top || v != v) {
+      top = v;
+      best = i;
+    }
+  }
+  return best;
+}
+
+template <typename T>
+inline T pool(const Bypass& b, const T* p) {
+  const int64_t i = largest(p, b.sh, b.sw);
+  return p[i / 2 * b.sh + i % 2 * b.sw];
+}
+
+template <typename T, typename F>
+void for_each_plane(const Bypass& b, F&& f) {
+  const int64_t planes = b.N * b.channels();
+  const int64_t grain = std::max<int64_t>(2 * kTaskElements / std::max<int64_t>(b.H * b.W, 1), 1);
+  at::parallel_for(0, planes, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i / b.channels(), i % b.channels());
+  });
+}
+
+// out (N, k c, oh, ow) contiguous.
+template <typename T>
+void bypass_planes(const Bypass& b, const T* rest, T* out) {
+  for_each_plane<T>(b, [&](int64_t n, int64_t j) {
+    const T* x = rest + n * b.sn + j * b.sc;
+    T* y = out + (n * b.k * b.c + b.target(j)) * b.oh * b.ow;
+    for (int64_t h = 0; h < b.oh; ++h, y += b.ow) {
+      if (b.pooled()) {
+        const T* row = x + 2 * h * b.sh;
+        for (int64_t w = 0; w < b.ow; ++w) y[w] = pool(b, row + 2 * w * b.sw);
+      } else if (b.sw == 1) {
+        std::memcpy(static_cast<void*>(y), x + h * b.sh, b.ow * sizeof(T));
+      } else {
+        for (int64_t w = 0; w < b.ow; ++w) y[w] = x[h * b.sh + w * b.sw];
+      }
+    }
+  });
+}
+
+// Output pixels [first, last), counted over the batch; out (N, oh, ow, k c) dense, channels innermost.
+template <typename T>
+void bypass_columns(const Bypass& b, const T* rest, T* out, int64_t first, int64_t last) {
+  const int64_t C = b.k * b.c;
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t n = p / (b.oh * b.ow), h = p / b.ow % b.oh, w = p % b.ow;
+    T* y = out + p * C;
+    if (b.pooled()) {
+      const T* x = rest + n * b.sn + 2 * h * b.sh + 2 * w * b.sw;
+      for (int64_t q = 1, j = 0; q < b.k; ++q)
+        for (int64_t r = 0; r < b.c; ++r, ++j) y[r * b.k + q] = pool(b, x + j * b.sc);
+    } else {
+      const T* x = rest + n * b.sn + h * b.sh + w * b.sw;
+      for (int64_t q = 1, j = 0; q < b.k; ++q)
+        for (int64_t r = 0; r < b.c; ++r, ++j) y[r * b.k + q] = x[j * b.sc];
+    }
+  }
+}
+
+// drest (N, (k - 1) c, H, W) contiguous from grad (N, k c, oh, ow) contiguous; rest is read only to pool.
+template <typename T>
+void bypass_planes_backward(const Bypass& b, const T* grad, const T* rest, T* drest) {
+  for_each_plane<T>(b, [&](int64_t n, int64_t j) {
+    const T* g = grad + (n * b.k * b.c + b.target(j)) * b.oh * b.ow;
+    T* d = drest + (n * b.channels() + j) * b.H * b.W;
+    if (!b.pooled()) {
+      std::memcpy(static_cast<void*>(d), g, b.H * b.W * sizeof(T));
+      return;
+    }
+    std::memset(static_cast<void*>(d), 0, b.H * b.W * sizeof(T));
+    const T* x = rest + n * b.sn + j * b.sc;
+    for (int64_t h = 0; h < b.oh; ++h)
+      for (int64_t w = 0; w < b.ow; ++w) {
+        const int64_t i = largest(x + 2 * h * b.sh + 2 * w * b.sw, b.sh, b.sw);
+        d[(2 * h + i / 2) * b.W + 2 * w + i % 2] = g[h * b.ow + w];
+      }
+  });
+}
+
+// The same for grad (N, oh, ow, k c) and drest (N, H, W, (k - 1) c), channels innermost.
+template <typename T>
+void bypass_columns_backward(const Bypass& b, const T* grad, const T* rest, T* drest) {
+  const int64_t C = b.k * b.c, R = b.channels();
+  const int64_t grain = std::max<int64_t>(2 * kTaskElements / std::max<int64_t>(b.W * C, 1), 1);
+  // A unit is a pair of rows of rest: no two write the same pixel.
+  const int64_t step = b.pooled() ? 2 : 1, units = (b.H + step - 1) / step;
+  at::parallel_for(0, b.N * units, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
+      const int64_t n = u / units, h = u % units, rows = std::min(step, b.H - h * step);
+      T* d = drest + (n * b.H + h * step) * b.W * R;
+      if (b.pooled()) std::memset(static_cast<void*>(d), 0, rows * b.W * R * sizeof(T));
+      if (h >= b.oh) continue;
+      const T* g = grad + (n * b.oh + h) * b.ow * C;
+      for (int64_t w = 0; w < b.ow; ++w, g += C)
+        for (int64_t q = 1, j = 0; q < b.k; ++q)
+          for (int64_t r = 0; r < b.c; ++r, ++j) {
+            if (!b.pooled()) {
+              d[w * R + j] = g[r * b.k + q];
+              continue;
+            }
+            const int64_t i = largest(rest + n * b.sn + 2 * h * b.sh + 2 * w * b.sw + j * b.sc, b.sh, b.sw);
+            d[(i / 2 * b.W + 2 * w + i % 2) * R + j] = g[r * b.k + q];
+          }
+    }
+  });
+}
+
+}  // namespace fastnas

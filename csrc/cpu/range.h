@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// The passes over memory that all mixing ops are made of, as a table of functions for one instruction set.
+//
+// Each pass walks n consecutive elements of every operand. Element i has its coefficients at i mod L, where the
+// period L is a multiple of the vector width: a plane of one channel (contiguous format) repeats that channel's
+// value over one vector; pixels of C channels (channels_last) repeat the C values lcm(C, width) / C times. So both
+// formats, and the plain weighted sum, run the same code at full width for every number of channels.
+#pragma once
+#include <cstdint>
+
+#include "scalar_types.h"
+
+namespace fastnas {
+
+// Folds mean and squared deviations (m2) of `count` values into those of `total` values before them (Chan, Golub and
+// LeVeque 1983): exact where the difference of two large sums would not be.
+inline void merge_statistics(double* mean, double* m2, double total, double new_mean, double new_m2, double count) {
+  const double delta = new_mean - *mean, share = count / (total + count);
+  *mean += delta * share;
+  *m2 += new_m2 + delta * delta * total * share;
+}
+
+template <typename T>
+struct RangeKernels {
+  using acc_t = acc_type<T>;
+
+  int lanes;  // vector width in elements; L is a multiple of it
+
+  // y[i] = bias[i % L] + sum_k coef[k][i % L] * xs[k][i]. bias may be null.
+  void (*combine)(const T* const* xs, int64_t K, T* y, int64_t n, const acc_t* coef, const acc_t* bias, int64_t L);
+
+  // sums[i % L] += g[i]; dots[k][i % L] += g[i] * (xs[k][i] - centre[k][i % L]). centre may be null (zeros), and so
+  // may sums and any xs[k] (its dots stay).
+  void (*reduce)(const T* g, const T* const* xs, int64_t K, int64_t n, const acc_t* centre, acc_t* sums,
+                 acc_t* dots, int64_t L);
+
+  // dxs[k][i] = a[k][i % L] * g[i] + b[k][i % L] * (xs[k][i] - centre[k][i % L]) + c[k][i % L] where xs[k] is given,
+  // a * g where it is null; nothing where dxs[k] is null.
+  void (*gradients)(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t n, const acc_t* a,
+                    const acc_t* b, const acc_t* c, const acc_t* centre, int64_t L);
+
+  // Mean and sum of squared deviations of n elements.
+  void (*plane_statistics)(const T* x, int64_t n, double* mean, double* m2);
+
+  // The same for each position i % L; position l has n / L elements, and one more where l < n % L.
+  void (*column_statistics)(const T* x, int64_t n, int64_t L, double* mean, double* m2);
+};
+
+// The table for the instruction set torch runs with (ATEN_CPU_CAPABILITY lowers it).
+template <typename T>
+const RangeKernels<T>& range_kernels();
+
+}  // namespace fastnas

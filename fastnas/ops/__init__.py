@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused operations, differentiable, for every device that has kernels; the reference elsewhere."""
+
+from fastnas.ops.gate_gradient import gate_gradient
+from fastnas.ops.mixed_batch_norm import mixed_batch_norm
+from fastnas.ops.mixed_sum import mixed_sum
+from fastnas.ops.partial_channel_mix import partial_channel_mix
+from fastnas.ops.sample_paths import Paths, sample_paths
+
+__all__ = [
+    "Paths",
+    "gate_gradient",
+    "mixed_batch_norm",
+    "mixed_sum",
+    "partial_channel_mix",
+    "sample_paths",
+]

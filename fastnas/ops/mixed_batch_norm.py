@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BatchNorm of the candidates' outputs and their weighted sum, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnas._extension import has_kernels
+from fastnas.ops import reference
+from fastnas.ops._common import as_weights, check_candidates, differentiate, fake_like
+from fastnas.ops._norms import Norm, gather_norms, spread, update_running_statistics
+from fastnas.ops.reference import BATCH, PLAIN, RUNNING
+
+
+def mixed_batch_norm(
+    xs: Sequence[Tensor],
+    weights: Tensor | Sequence[Tensor | float],
+    norms: Sequence[Norm | None],
+    training: bool | None = None,
+) -> Tensor:
+    """``y = sum_k weights[k] * norms[k](xs[k])`` without ever storing a normalised output.
+
+    Equivalent to ``sum(w * (n(x) if n else x) for w, x, n in zip(weights, xs, norms))``. Reads every input
+    twice in training (once in evaluation) and writes one tensor; keeps only the inputs and, per channel, two
+    numbers for the backward, whose one reduction gives the gradients of weights and BatchNorms together.
+
+    Args:
+        xs: 1 to 64 floating-point tensors ``(N, C, ...)`` of one shape and device.
+        weights: ``(K,)``, or K numbers or 0-d tensors.
+        norms: for each input None (it enters as it is) or a ``BatchNorm2d``, affine or not. Running statistics
+            and counters of those in training are updated once, as calling them would.
+        training: overrides the norms' own ``training``.
+
+    Returns:
+        A new tensor of that shape, in the promoted dtype of ``xs`` and the memory format of ``xs[0]``.
+
+    Raises:
+        ValueError: counts or shapes that do not fit, or one value per channel in training.
+        TypeError: an input is not a floating-point tensor.
+    """
+    check_candidates("mixed_batch_norm", xs)
+    w = as_weights("mixed_batch_norm", weights, xs)
+    n = gather_norms("mixed_batch_norm", xs, norms, training)
+    y, mean, var = MixedBatchNorm.apply(
+        n.kinds, n.eps, n.affine, w, *xs, *n.gammas, *n.betas, *n.running_means, *n.running_vars
+    )
+    if n.updates:
+        count = xs[0].numel() // max(xs[0].shape[1], 1)
+        update_running_statistics(norms, n.updates, mean, var, count)
+    return y
+
+
+def split_tensors(
+    kinds: Sequence[int], affine: Sequence[bool], tensors: Sequence[Tensor]
+) -> tuple[list[Tensor], ...]:
+    """The flat argument list of the Functions: xs, gammas, betas, running means, running variances."""
+    lengths = (len(kinds), sum(affine), sum(affine), kinds.count(RUNNING), kinds.count(RUNNING))
+    parts, start = [], 0
+    for length in lengths:
+        parts.append(list(tensors[start : start + length]))
+        start += length
+    return tuple(parts)
+
+
+def inputs_to_save(
+    kinds: Sequence[int],
+    affine: Sequence[bool],
+    need_w: bool,
+    need_xs: Sequence[bool],
+    need_norms: bool,
+) -> list[bool]:
+    """Which inputs the backward reads: those that were normalised by their batch, or are in a dot product."""
+    return [
+        need_w or (affine[k] and need_norms) or (kind == BATCH and need_xs[k])
+        for k, kind in enumerate(kinds)
+    ]
+
+
+def composite(
+    kinds: Sequence[int],
+    eps: Sequence[float],
+    affine: Sequence[bool],
+    weights: Tensor,
+    tensors: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward of this op from the flat argument list, by the reference."""
+    xs, gammas, betas, means, variances = split_tensors(kinds, affine, tensors)
+    running = [kind == RUNNING for kind in kinds]
+    return reference.mixed_batch_norm(
+        xs,
+        weights,
+        kinds,
+        eps,
+        spread(affine, gammas),
+        spread(affine, betas),
+        spread(running, means),
+        spread(running, variances),
+    )
+
+
+class MixedBatchNorm(torch.autograd.Function):
+    """Autograd of :func:`mixed_batch_norm`; the second derivative goes through the reference."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kinds: tuple[int, ...],
+        eps: tuple[float, ...],
+        affine: tuple[bool, ...],
+        weights: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``y``, and the ``(K, C)`` means and biased variances that were used."""
+        xs, gammas, betas, means, variances = split_tensors(kinds, affine, tensors)
+        if has_kernels(xs[0].device.type):
+            y, mean, var = torch.ops.fastnas.mixed_batch_norm(
+                xs, weights, kinds, eps, affine, gammas, betas, means, variances
+            )
+        else:
+            y, mean, var = composite(kinds, eps, affine, weights, tensors)
+        need_w, *need = ctx.needs_input_grad[3:]
+        k = len(kinds)
+        keep = inputs_to_save(kinds, affine, need_w, need[:k], any(need[k : k + 2 * len(gammas)]))
+        saved = [x if kept else x.new_empty(0) for x, kept in zip(xs, keep, strict=True)]
+        ctx.save_for_backward(weights, mean, var, *saved, *tensors[k:])
+        ctx.kinds, ctx.eps, ctx.affine = kinds, eps, affine
+        ctx.dtypes = [t.dtype for t in tensors]
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return y, mean, var
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, _mean: Tensor | None, _var: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the weights, the inputs and the affine parameters that ask for one."""
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        kinds, eps, affine = ctx.kinds, ctx.eps, ctx.affine
+        weights, mean, var, *tensors = ctx.saved_tensors
+        need_w, *need = ctx.needs_input_grad[3:]
+        xs, gammas, betas, *_ = split_tensors(kinds, affine, tensors)
+        k = len(kinds)
+        if torch.is_grad_enabled() or not has_kernels(grad.device.type):
+            stand_ins = [
+                x if x.shape == grad.shape else grad.new_zeros((), dtype=x.dtype).expand_as(grad)
+                for x in xs
+            ]
+            grads = differentiate(
+                lambda w, *t: composite(kinds, eps, affine, w, t)[0],
+                (weights, *stand_ins, *tensors[k:]),
+                (need_w, *need),
+                grad,
+            )
+            return (None, None, None, *grads)
+        dxs, dw, dgamma, dbeta = torch.ops.fastnas.mixed_batch_norm_backward(
+            grad, xs, weights, mean, var, kinds, eps, affine, gammas, betas, need[:k], need_w
+        )
+        return (None, None, None, *pack_gradients(ctx, dxs, dw, dgamma, dbeta))
+
+
+def pack_gradients(
+    ctx: Any, dxs: list[Tensor], dw: Tensor, dgamma: Tensor, dbeta: Tensor
+) -> list[Tensor | None]:
+    """The kernels' results in the order of the Function's tensor arguments, in their dtypes."""
+    need_w, *need = ctx.needs_input_grad[-len(ctx.dtypes) - 1 :]
+    items = iter(dxs)
+    k, affine = len(ctx.kinds), sum(ctx.affine)
+    flat: list[Tensor | None] = [next(items) if n else None for n in need[:k]]
+    flat += dgamma.unbind(0) if affine else []
+    flat += dbeta.unbind(0) if affine else []
+    flat += [None] * (len(need) - len(flat))
+    grads = [
+        t.to(d) if n and t is not None else None
+        for t, d, n in zip(flat, ctx.dtypes, need, strict=True)
+    ]
+    return [dw if need_w else None, *grads]
+
+
+@torch.library.register_fake("fastnas::mixed_batch_norm")
+def _(
+    xs: list[Tensor],
+    weights: Tensor,
+    kinds: list[int],
+    eps: list[float],
+    affine: list[bool],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = weights.new_empty(len(xs), xs[0].shape[1])
+    y = fake_like(xs[0], reference.result_dtype(xs))
+    return y, mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("fastnas::mixed_batch_norm_backward")
+def _(
+    grad: Tensor,
+    xs: list[Tensor],
+    weights: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    kinds: list[int],
+    eps: list[float],
+    affine: list[bool],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    need_xs: list[bool],
+    need_weights: bool,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    like = next((x for x in xs if x.shape == grad.shape), grad)
+    dxs = [fake_like(like, grad.dtype) for need in need_xs if need]
+    dgamma = weights.new_empty(len(gammas), grad.shape[1])
+    dw = torch.empty_like(weights) if need_weights else weights.new_empty(0)
+    return dxs, dw, dgamma, torch.empty_like(dgamma)
+
+
+__all__ = ["BATCH", "PLAIN", "RUNNING", "MixedBatchNorm", "mixed_batch_norm"]

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op of this package once more in plain PyTorch: what it computes, with nothing done for speed.
+
+The tests compare the kernels with these functions, devices without kernels run them, and second derivatives
+are taken through them. They are meant to be read beside the papers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# How a candidate's output enters the sum.
+PLAIN, BATCH, RUNNING = 0, 1, 2
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are taken in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def result_dtype(xs: Sequence[Tensor]) -> torch.dtype:
+    """What ``sum(w * x for x in xs)`` has for 0-d weights, which promote nothing."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in xs))
+
+
+def mixed_sum(xs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """``y = sum_k weights[k] * xs[k]``, the mixed op of DARTS (arXiv 1806.09055, eq. 2).
+
+    Args:
+        xs: K tensors of one shape.
+        weights: ``(K,)``.
+
+    Returns:
+        A tensor of the shape of ``xs[0]``.
+    """
+    dtype = result_dtype(xs)
+    acc = accumulate_dtype(dtype)
+    w = weights.to(acc)
+    y = w[0] * xs[0].to(acc)
+    for k in range(1, len(xs)):
+        y = y + w[k] * xs[k].to(acc)
+    return y.to(dtype)
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of ``x`` (N, C, ...), in the accumulation dtype."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    var, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), dims, correction=0)
+    return mean, var
+
+
+def normalise(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * gamma + beta`` per channel, in the accumulation dtype."""
+    acc = accumulate_dtype(x.dtype)
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    y = (x.to(acc) - mean.to(acc).view(shape)) * torch.rsqrt(var.to(acc) + eps).view(shape)
+    if gamma is not None:
+        y = y * gamma.to(acc).view(shape)
+    if beta is not None:
+        y = y + beta.to(acc).view(shape)
+    return y
+
+
+def mixed_batch_norm(
+    xs: Sequence[Tensor],
+    weights: Tensor,
+    kinds: Sequence[int],
+    eps: Sequence[float],
+    gammas: Sequence[Tensor | None],
+    betas: Sequence[Tensor | None],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm of some of the candidates' outputs, then the weighted sum of all.
+
+    Every sequence has one entry per candidate. ``kinds[k]`` says how candidate k enters: ``PLAIN`` as it is,
+    ``BATCH`` normalised with the statistics of this batch, ``RUNNING`` with the given running ones.
+
+    Returns:
+        ``y`` of the shape of ``xs[0]``; the means and the biased variances that were used, ``(K, C)`` each
+        (zeros and ones where nothing was normalised).
+    """
+    dtype = result_dtype(xs)
+    acc = accumulate_dtype(dtype)
+    channels = xs[0].shape[1]
+    terms: list[Tensor] = []
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
+    for k, x in enumerate(xs):
+        mean, var = weights.new_zeros(channels, dtype=acc), weights.new_ones(channels, dtype=acc)
+        if kinds[k] == BATCH:
+            mean, var = (t.to(acc) for t in statistics(x))
+        elif kinds[k] == RUNNING:
+            running_mean, running_var = running_means[k], running_vars[k]
+            assert running_mean is not None and running_var is not None
+            mean, var = running_mean.to(acc), running_var.to(acc)
+        plain = kinds[k] == PLAIN
+        terms.append(
+            x.to(acc) if plain else normalise(x.to(acc), mean, var, eps[k], gammas[k], betas[k])
+        )
+        means.append(mean)
+        variances.append(var)
+    y = mixed_sum(terms, weights).to(dtype)
+    return y, torch.stack(means), torch.stack(variances)
+
+
+def channel_shuffle(z: Tensor, k: int) -> Tensor:
+    """``out[:, o] = z[:, (o mod k) * (C / k) + o div k]``: PC-DARTS' shuffle with k groups."""
+    n, channels, *space = z.shape
+    return z.reshape(n, k, channels // k, *space).transpose(1, 2).reshape(z.shape)
+
+
+def partial_channel_join(rest: Tensor, mixed: Tensor, k: int) -> Tensor:
+    """The tail of PC-DARTS' mixed op: the mixed channels, the bypassed ones, and the shuffle.
+
+    Args:
+        rest: ``(N, C - C/k, H, W)``, the channels no candidate saw.
+        mixed: ``(N, C/k, H', W')``, the mixed op's output on the others.
+        k: one channel in k is processed.
+
+    Returns:
+        ``(N, C, H', W')``. The bypass is pooled 2x2 when ``H' != H``.
+    """
+    if mixed.shape[2] != rest.shape[2]:
+        rest = F.max_pool2d(rest, 2, 2)
+    return channel_shuffle(torch.cat([mixed, rest.to(mixed.dtype)], 1), k)
+
+
+def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: Tensor) -> Tensor:
+    """Gradient of the gate logits, ProxylessNAS (arXiv 1812.00332) eq. 4 in closed form.
+
+    ``G_j = <grad_output, outputs[j]>`` and ``dalpha_i = p_i (G_i - sum_j p_j G_j)``. An output that is None is
+    zero (the Zero candidate).
+
+    Returns:
+        ``(K,)`` in the dtype of ``probs``.
+    """
+    acc = accumulate_dtype(grad_output.dtype)
+    g = grad_output.to(acc)
+    dots = [probs.new_zeros((), dtype=acc) if o is None else (g * o.to(acc)).sum() for o in outputs]
+    big_g, p = torch.stack(dots), probs.to(acc)
+    return (p * (big_g - (p * big_g).sum())).to(probs.dtype)
+
+
+# --- path sampling ---------------------------------------------------------------------------------------------------
+
+_MASK = 0xFFFFFFFF
+_UNIT = 1 << 24
+
+
+def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Philox-4x32 with 10 rounds (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words.
+
+    Args:
+        counter: ``(..., 4)``, words in 0 .. 2^32 - 1.
+        key: two words.
+
+    Returns:
+        Four random words for each counter, ``(..., 4)``.
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key
+    for _ in range(10):
+        # The product of two 32-bit words wraps in int64, but its bits are those of the unsigned product.
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        high0, low0 = (product0 >> 32) & _MASK, product0 & _MASK
+        high1, low1 = (product1 >> 32) & _MASK, product1 & _MASK
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+def _path_mass(logits: Tensor, counts: Tensor | None) -> Tensor:
+    """Integers in proportion to ``softmax(logits)``: the largest of an edge is 2^24, a live one at least 1.
+
+    Sums and comparisons of integers are exact, so devices that agree on these agree on every draw.
+    """
+    edges, width = logits.shape
+    x = logits.to(torch.float64)
+    column = torch.arange(width, device=logits.device)
+    live = ~(torch.isnan(x) | torch.isneginf(x))
+    if counts is not None:
+        live = live & (column < counts.unsqueeze(1))
+    x = x.masked_fill(~live, -torch.inf)
+    top = x.amax(1, keepdim=True) if width else x.new_zeros(edges, 1)
+    relative = torch.where(x == top, torch.zeros_like(x), x - top)
+    mass = torch.round(torch.exp(relative) * _UNIT).to(torch.int64).clamp_(min=1)
+    return mass.masked_fill(~live, 0)
+
+
+def _draw(mass: Tensor, word: Tensor) -> Tensor:
+    """Index drawn in proportion to ``mass`` (E, K) by a uniform 32-bit ``word`` (E,); -1 if all mass is 0."""
+    cumulative = mass.cumsum(1)
+    total = cumulative[:, -1:]
+    # K <= 64 keeps total <= 2^30, so the product stays within 62 bits.
+    threshold = (word.unsqueeze(1) * total) >> 32
+    index = (cumulative <= threshold).sum(1)
+    return torch.where(total.squeeze(1) > 0, index, torch.full_like(index, -1))
+
+
+def sample_path_indices(
+    logits: Tensor, counts: Tensor | None, seed: int, step: int, two: bool
+) -> tuple[Tensor, Tensor]:
+    """The draws of :func:`fastnas.ops.sample_paths`: active and inactive candidate of each edge, -1 for none."""
+    edges = logits.shape[0]
+    counter = torch.zeros(edges, 4, dtype=torch.int64, device=logits.device)
+    counter[:, 0] = torch.arange(edges, device=logits.device)
+    counter[:, 2], counter[:, 3] = step & _MASK, (step >> 32) & _MASK
+    words = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
+    mass = _path_mass(logits, counts)
+    first = _draw(mass, words[:, 0])
+    if not two:
+        return first, torch.full_like(first, -1)
+    row = torch.arange(edges, device=logits.device)
+    rest = mass.clone()
+    rest[row, first.clamp(min=0)] = 0
+    second = _draw(rest, words[:, 1])
+    first_mass = mass[row, first.clamp(min=0)]
+    second_mass = torch.where(second >= 0, mass[row, second.clamp(min=0)], torch.zeros_like(first))
+    swap = ((words[:, 2] * (first_mass + second_mass)) >> 32) >= first_mass
+    swap = swap & (second >= 0)
+    return torch.where(swap, second, first), torch.where(swap, first, second)
+
+
+def path_probabilities(
+    logits: Tensor, counts: Tensor | None, active: Tensor, inactive: Tensor
+) -> Tensor:
+    """Probabilities that go with sampled paths, differentiable in ``logits``.
+
+    Returns:
+        ``(E, 2)``: the softmax probability of the active candidate and 0 where nothing is inactive, else the
+        probabilities of the pair, renormalised to sum to 1 (spec of ProxylessNAS' two-path mode).
+    """
+    x = logits.to(accumulate_dtype(logits.dtype))
+    column = torch.arange(logits.shape[1], device=logits.device)
+    if counts is not None:
+        x = x.masked_fill(column >= counts.unsqueeze(1), -torch.inf)
+    chosen = column == active.unsqueeze(1)
+    other = column == inactive.unsqueeze(1)
+    paired = (inactive >= 0).unsqueeze(1)
+    kept = torch.where(paired, chosen | other, torch.ones_like(chosen))
+    p = torch.softmax(x.masked_fill(~kept, -torch.inf), 1)
+    p = torch.stack([(p * chosen).sum(1), (p * other).sum(1)], 1)
+    return torch.where((active >= 0).unsqueeze(1), p, torch.zeros_like(p)).to(logits.dtype)
