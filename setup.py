@@ -22,6 +22,8 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 REQUIRES = ["numpy", "rich", "tyro"]
+NO_TORCH = """fastnas needs torch to build its kernels: pip install torch, then run this again \
+(or drop --no-build-isolation)"""
 BUILDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
 
@@ -85,13 +87,12 @@ def find_cuda(torch: Any) -> Cuda:
 
 
 def announce(torch: Any, cuda: Cuda) -> None:
-    if not cuda.missing:
-        text = f"torch {torch.__version__}, CUDA {cuda.version} at {cuda.home}, sm {cuda.archs}"
-    elif {os.environ.get("FASTNAS_CUDA"), os.environ.get("FORCE_CUDA")} & {"1"}:
+    demanded = "1" in (os.environ.get("FASTNAS_CUDA"), os.environ.get("FORCE_CUDA"))
+    if cuda.missing and demanded:
         sys.exit(f"fastnas: CUDA kernels were demanded, but {cuda.missing}")
-    else:
-        text = f"building CPU kernels only: {cuda.missing}"
-    print(f"fastnas: {text}", file=sys.stderr)
+    built = f"torch {torch.__version__}, CUDA {cuda.version} at {cuda.home}, sm {cuda.archs}"
+    missing = f"building CPU kernels only: {cuda.missing}"
+    print(f"fastnas: {missing if cuda.missing else built}", file=sys.stderr)
 
 
 def toolkit_includes(torch: Any, cuda: Cuda) -> list[str]:
@@ -103,22 +104,21 @@ def toolkit_includes(torch: Any, cuda: Cuda) -> list[str]:
 
 
 def extension(torch: Any, cuda: Cuda) -> Extension:
-    if cuda.home:  # torch reads both when cpp_extension is imported
-        os.environ["CUDA_HOME"] = cuda.home
-        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.archs
+    sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
+    if cuda.home:
+        sources += glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu")
+        # torch reads these when cpp_extension is imported
+        os.environ.update(CUDA_HOME=cuda.home, TORCH_CUDA_ARCH_LIST=cuda.archs)
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
     optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     includes = toolkit_includes(torch, cuda)
-    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
-    if cuda.home:
-        patterns += ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
     facts = {"VERSION": cuda.version, "ARCHS": cuda.archs, "MISSING_REASON": cuda.missing}
     macros = [(f"FASTNAS_CUDA_{name}", f'"{value}"') for name, value in facts.items()]
     result = (CUDAExtension if cuda.home else CppExtension)(
         "fastnas._C",
-        sources=sorted(path for pattern in patterns for path in glob(pattern)),
+        sources=sorted(sources),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("FASTNAS_TORCH_VERSION", f'"{torch.__version__}"'), *macros],
         extra_compile_args={
@@ -164,10 +164,7 @@ def main() -> None:
         shutil.rmtree(stale)
     if importlib.util.find_spec("torch") is None:
         if BUILDS & set(sys.argv):
-            sys.exit(
-                "fastnas needs torch to build its kernels: pip install torch, then run this again "
-                "(or drop --no-build-isolation)"
-            )
+            sys.exit(NO_TORCH)
         setup(install_requires=["torch>=2.11", *REQUIRES])
         return
     import torch
