@@ -151,6 +151,20 @@ def test_supernet_structure() -> None:
     ]
 
 
+def test_cell_outputs() -> None:
+    model = supernet()
+    shapes: list[tuple[int, ...]] = []
+    hooks = [
+        cell.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape[1:])))
+        for cell in model.cells
+    ]
+    x = torch.empty(2, 3, 32, 32, device="meta")
+    assert model(x, model.uniform_weights()).shape == (2, 10)
+    for hook in hooks:
+        hook.remove()
+    assert shapes == [(64, 32, 32)] * 2 + [(128, 16, 16)] * 3 + [(256, 8, 8)] * 3
+
+
 @pytest.mark.parametrize(
     ("k", "stride1", "stride2"),
     [(1, (3_168, 9_408, 31_104), (10_432, 35_200)), (4, (504, 1_200, 3_168), (1_264, 3_424))],

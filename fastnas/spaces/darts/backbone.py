@@ -105,17 +105,20 @@ class Stemmed(nn.Module):
     stem0: nn.Sequential
     stem1: nn.Sequential
 
-    def __init__(self, stem: str, in_channels: int, width: int, layers: int) -> None:
-        """Build the stem of ``width`` channels for a network of ``layers`` cells.
+    def __init__(self, stem: str, in_channels: int, C: int, multiplier: int, layers: int) -> None:
+        """Build the stem of ``multiplier * C`` channels for a network of ``layers`` cells.
 
         Raises:
             ValueError: an unknown stem, or an odd width with ``imagenet``.
         """
         super().__init__()
+        width = multiplier * C
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
         if stem == "imagenet" and width % 2:
-            raise ValueError(f"C must be even with the imagenet stem, got a width of {width}")
+            raise ValueError(
+                f"C must be even with the imagenet stem, got {C} (half its width comes first)"
+            )
         self._stem_kind = stem
         self._in_channels = in_channels
         self._layers = layers

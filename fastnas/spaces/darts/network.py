@@ -172,11 +172,11 @@ class Network(Stemmed):
         if not isinstance(genotype, Genotype):
             raise TypeError(f"genotype: wanted a Genotype, got {type(genotype).__name__}")
         check_positive(C=C, layers=layers, num_classes=num_classes, in_channels=in_channels)
-        width = C if stem == "imagenet" else STEM_MULTIPLIER * C
-        super().__init__(stem, in_channels, width, layers)
+        multiplier = 1 if stem == "imagenet" else STEM_MULTIPLIER
+        super().__init__(stem, in_channels, C, multiplier, layers)
         self.drop_path_prob = drop_path
         widths = (len(genotype.normal_concat), len(genotype.reduce_concat))
-        plans = plan_layers(C, layers, width, stem, widths)
+        plans = plan_layers(C, layers, multiplier * C, stem, widths)
         self.cells = nn.ModuleList(Cell(genotype, plan) for plan in plans)
         self._auxiliary_layer = 2 * layers // 3
         channels = [plan.C * widths[plan.reduction] for plan in plans]

@@ -142,8 +142,7 @@ class Supernet(Stemmed):
             in_channels=in_channels,
             partial_channels=partial_channels,
         )
-        width = STEM_MULTIPLIER * C
-        super().__init__(stem, in_channels, width, layers)
+        super().__init__(stem, in_channels, C, STEM_MULTIPLIER, layers)
         if layers < 3:
             raise ValueError(
                 f"layers must be at least 3, got {layers}: cells floor(L/3) and floor(2L/3) "
@@ -156,7 +155,7 @@ class Supernet(Stemmed):
         primitives = tuple(primitives)
         spec = CellSpec(tuple(range(2, 2 + STEPS)), primitives)
         self.cell_specs: dict[str, CellSpec] = {"normal": spec, "reduce": spec}
-        plans = plan_layers(C, layers, width, stem, (STEPS, STEPS))
+        plans = plan_layers(C, layers, STEM_MULTIPLIER * C, stem, (STEPS, STEPS))
         self.cells = nn.ModuleList(Cell(plan, partial_channels, primitives) for plan in plans)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(STEPS * plans[-1].C, num_classes)
