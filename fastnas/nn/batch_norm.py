@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +140,7 @@ def _is_plain_sequence(module: nn.Sequential) -> bool:
     return type(module).forward is nn.Sequential.forward and len(module) > 0
 
 
-def _two_halves(module: nn.Module, x: Tensor) -> Tensor:
+def _two_halves(module: Any, x: Tensor) -> Tensor:
     """What enters the BatchNorm of a factorized reduce: two strided halves, the second shifted."""
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(

@@ -59,10 +59,11 @@ def make_plan(candidates: nn.ModuleList, forms: Mapping[type[nn.Module], Form]) 
     """Look at the candidates and decide how each is evaluated."""
     routes = tuple(make_route(candidate, forms) for candidate in candidates)
     bypassed = [module for route in routes for module in route.bypassed]
-    tables = (candidates._modules, *(module._modules for module in bypassed if module._modules))
+    tables: list[Mapping[str, nn.Module | None]] = [candidates._modules]
+    tables += (module._modules for module in bypassed if module._modules)
     children = [child for table in tables for child in table.values()]
     hooks = tuple(table for module in bypassed for table in hook_tables(module))
-    return Plan(candidates, routes, tables, children, hooks)
+    return Plan(candidates, routes, tuple(tables), children, hooks)
 
 
 class MixedOp(nn.Module):
@@ -217,9 +218,7 @@ class MixedOp(nn.Module):
                 f"{name}: expected {count} weights, one per candidate, but got {len(weights)}"
             )
 
-    def _evaluate(
-        self, x: Tensor, weights: Weights
-    ) -> tuple[list[Tensor], Weights, list[nn.BatchNorm2d | None]]:
+    def _evaluate(self, x: Tensor, weights: Weights) -> tuple[list[Tensor], Weights, list[Any]]:
         """Run the candidates up to their BatchNorms; give what enters the fused op."""
         routes = self._routes()
         used = [k for k, route in enumerate(routes) if not route.zero]
