@@ -138,7 +138,8 @@ def test_floating_point_images_count_as_normalised():
         make("float").train_batches(4, augment=EVERYTHING)
 
 
-def test_kept_in_memory_with_its_own_statistics():
+def test_kept_in_memory_with_its_own_statistics(monkeypatch):
+    monkeypatch.setattr("fastnas.data.pairs.READ_BATCH", 4)
     data = from_datasets(Pictures(), Pictures(5), in_memory=True, workers=0)
     images, labels = tensors()
     assert isinstance(data, ImageData)

@@ -124,6 +124,11 @@ def test_directory_without_test_set_holds_some_of_each_class_out(tmp_path, sub):
     assert load(f"folder:{tmp_path}", workers=0).num_test == 3
     files = load(f"folder:{tmp_path}", in_memory=False)
     assert not set(files.train.files) & set(files.test.files)
+    # Not the first or last by name, which are often alike.
+    files = load(f"folder:{tmp_path}", in_memory=False, held_out=0.3)
+    held_out = {Path(path).stem for path, _ in files.test.files}
+    assert not held_out <= set("012")
+    assert not held_out <= set("789")
 
 
 def test_halves_of_a_directory_have_every_class(tmp_path):
@@ -177,6 +182,19 @@ def test_crops_come_from_the_full_resolution_and_do_not_depend_on_workers(tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(alone, batches(2), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(alone[1:], batches(1, start=1), strict=True))
     assert not torch.equal(alone[0], batches(0, epoch=1)[0])
+
+
+def test_crops_differ_between_epochs(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            pixels = np.arange(1200).astype(np.uint8).reshape(20, 20, 3)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    data = load(f"folder:{tmp_path}", image_size=8, in_memory=False, workers=0)
+    batches = data.train_batches(4, augment=Augment(resized_crop=0.1), shuffle=False)
+    (first, _), (second, _) = next(batches.iterate(0)), next(batches.iterate(1))
+    assert (first != second).flatten(1).any(1).all()
+    assert len(first.unique(dim=0)) == 4
 
 
 def test_subset_of_a_directory_still_crops_from_the_files(tmp_path):
