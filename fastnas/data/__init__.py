@@ -1,9 +1,11 @@
 """Images to search and train on: named sets, and batches made on the device.
 
-data = fastnas.data.load("fashion-mnist-mini").to(device)
-first, second = fastnas.data.split(data.num_train, 0.5)
-batches = data.train_batches(64, indices=first, augment=Augment(flip=True), device=device, seed=1)
-for images, labels in batches.iterate(epoch=0): ...
+For example::
+
+    data = fastnas.data.load("fashion-mnist-mini").to(device)
+    first, second = fastnas.data.split(data.num_train, 0.5)
+    batches = data.train_batches(64, indices=first, augment=Augment(flip=True), device=device, seed=1)
+    for images, labels in batches.iterate(epoch=0): ...
 """
 
 from fastnas.data.augment import Augment
