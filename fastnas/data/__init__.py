@@ -4,7 +4,7 @@ For example::
 
     data = fastnas.data.load("fashion-mnist-mini").to(device)
     first, second = fastnas.data.split(data.num_train, 0.5)
-    batches = data.train_batches(64, indices=first, augment=Augment(flip=True), device=device, seed=1)
+    batches = data.train_batches(64, indices=first, augment=Augment(flip=True), device=device)
     for images, labels in batches.iterate(epoch=0): ...
 """
 
