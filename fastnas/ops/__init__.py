@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused operations, differentiable, for every device that has kernels; the reference elsewhere."""
+"""The fused operations, differentiable; the reference where a device has no kernels."""
 
 from fastnas.ops.gate_gradient import gate_gradient
 from fastnas.ops.mixed_batch_norm import mixed_batch_norm

@@ -14,14 +14,14 @@ MAX_CANDIDATES = 64
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format outputs take after ``x``: channels_last if its channels are innermost, else contiguous."""
+    """The format outputs take after ``x``: channels_last if channels are innermost there."""
     if x.dim() in (4, 5) and x.stride(1) == 1 and not x.is_contiguous():
         return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return torch.contiguous_format
 
 
 def fake_like(x: Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None) -> Tensor:
-    """What a kernel returns for a first operand ``x``: its format, perhaps another dtype or shape."""
+    """What a kernel returns for a first operand ``x``: its format, any dtype and shape."""
     size = x.shape if shape is None else shape
     return x.new_empty(size, dtype=dtype).to(memory_format=memory_format(x))
 
@@ -79,7 +79,8 @@ def as_weights(op: str, weights: Tensor | Sequence[Tensor | float], xs: Sequence
 
 def _count_error(op: str, xs: Sequence[Tensor], shape: list[int]) -> ValueError:
     return ValueError(
-        f"{op}: expected one weight per input, but got {len(xs)} inputs and weights of shape {shape}"
+        f"{op}: expected one weight per input, but got {len(xs)} inputs and weights of shape "
+        f"{shape}"
     )
 
 
@@ -89,15 +90,16 @@ def differentiate(
     needs: Sequence[bool],
     grad: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``function(*inputs)`` by autograd, themselves differentiable when grad mode is on.
+    """Gradients of ``function(*inputs)`` by autograd, differentiable when grad mode is on.
 
-    A backward that is asked for a second derivative runs with grad mode on and comes here, so the second
-    derivative is that of the reference and needs no kernel.
+    A backward that is asked for a second derivative runs with grad mode on and comes here, so the
+    second derivative is that of the reference and needs no kernel.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # A fresh view per input: asking for the gradient at a view leaves the caller's graph above it alone,
-        # and gives placeholders that stand for unsaved inputs something to hang their gradient on.
+        # A fresh view per input: asking for the gradient at a view leaves the caller's graph above
+        # it alone, and gives placeholders that stand for unsaved inputs something to hang their
+        # gradient on.
         views = tuple(
             (x.view_as(x) if x.requires_grad else x.detach().requires_grad_()) if need else x
             for x, need in zip(inputs, needs, strict=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorms as arguments of a fused op: what the kernels need of them, and what they must be left with."""
+"""BatchNorms as arguments of a fused op: what is read of them, what they are left with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Norm(Protocol):
 
 
 class NormArguments(NamedTuple):
-    """One entry per candidate in ``kinds``, ``eps`` and ``affine``; only those that have one in the others."""
+    """``kinds``, ``eps``, ``affine``: one entry per candidate; lists: of those that have one."""
 
     kinds: tuple[int, ...]
     eps: tuple[float, ...]
@@ -41,10 +41,11 @@ class NormArguments(NamedTuple):
 def gather_norms(
     op: str, xs: Sequence[Tensor], norms: Sequence[Norm | None], training: bool | None
 ) -> NormArguments:
-    """Read ``norms`` as ``BatchNorm2d.forward`` would: whose statistics each uses, and which are to be updated."""
+    """Read ``norms`` as ``BatchNorm2d.forward`` would: what each uses, which are to be updated."""
     if len(norms) != len(xs):
         raise ValueError(
-            f"{op}: expected one norm (or None) per input, but got {len(xs)} inputs and {len(norms)} norms"
+            f"{op}: expected one norm (or None) per input, "
+            f"but got {len(xs)} inputs and {len(norms)} norms"
         )
     if xs[0].dim() < 2:
         raise ValueError(f"{op}: expected inputs of shape (N, C, ...), but got {list(xs[0].shape)}")
@@ -76,13 +77,15 @@ def gather_norms(
             t = getattr(norm, name)
             if t is not None and t.shape != (channels,):
                 raise ValueError(
-                    f"{op}: expected norms[{k}].{name} of shape [{channels}] like the inputs' channels, "
+                    f"{op}: expected norms[{k}].{name} of shape [{channels}] like the inputs' "
+                    f"channels, "
                     f"but got {list(t.shape)}"
                 )
     count = xs[0].numel() // max(channels, 1)
     if count == 1 and BATCH in kinds:
         raise ValueError(
-            f"{op}: expected more than 1 value per channel when training, but got {list(xs[0].shape)}"
+            f"{op}: expected more than 1 value per channel when training, but got "
+            f"{list(xs[0].shape)}"
         )
     return out._replace(kinds=tuple(kinds), eps=tuple(eps), affine=tuple(affine))
 
@@ -97,7 +100,7 @@ def spread(affine: Sequence[bool], present: Sequence[Tensor]) -> list[Tensor | N
 def update_running_statistics(
     norms: Sequence[Norm | None], updates: Sequence[int], mean: Tensor, var: Tensor, count: int
 ) -> None:
-    """Move running statistics and counters of ``norms[k], k in updates`` as one BatchNorm step does.
+    """Move statistics and counters of ``norms[k]``, k in updates, as one BatchNorm step does.
 
     Args:
         norms: the normalisations of all candidates.
@@ -123,7 +126,8 @@ def update_running_statistics(
         )
         return
     for norm, m_k, v_k in used:
-        # momentum None is a cumulative average: the factor stays a tensor, reading it would wait for the device.
+        # momentum None is a cumulative average: the factor stays a tensor, reading it would wait
+        # for the device.
         factor = norm.momentum
         for running, new in ((norm.running_mean, m_k), (norm.running_var, v_k)):
             if factor is None:

@@ -15,10 +15,10 @@ from fastnas.ops._common import check_candidates, differentiate
 
 
 def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: Tensor) -> Tensor:
-    """``dalpha_i = p_i (G_i - sum_j p_j G_j)`` with ``G_j = <grad_output, outputs[j]>`` (ProxylessNAS, eq. 4).
+    """Gradient of a mixed op's gate logits, ProxylessNAS (arXiv 1812.00332) eq. 4.
 
-    All dot products in one pass over ``grad_output`` and the outputs, then the closed form; the double loop over
-    ``p_j (delta_ij - p_i)`` gives the same numbers.
+    ``dalpha_i = p_i (G_i - sum_j p_j G_j)`` with ``G_j = <grad_output, outputs[j]>``. All dot products in one pass over ``grad_output`` and the outputs, then the closed form; the
+    double loop over ``p_j (delta_ij - p_i)`` gives the same numbers.
 
     Args:
         grad_output: gradient of the loss in the mixed op's output, any shape.
@@ -43,7 +43,8 @@ def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: 
         raise TypeError(f"gate_gradient: expected floating-point probs, but got {probs.dtype}")
     if probs.device != grad_output.device:
         raise ValueError(
-            f"gate_gradient: expected probs on {grad_output.device} like grad_output, but got {probs.device}"
+            f"gate_gradient: expected probs on {grad_output.device} like grad_output, but got "
+            f"{probs.device}"
         )
     present = tuple(o is not None for o in outputs)
     return GateGradient.apply(present, grad_output, probs, *given)

@@ -24,19 +24,21 @@ def mixed_batch_norm(
 ) -> Tensor:
     """``y = sum_k weights[k] * norms[k](xs[k])`` without ever storing a normalised output.
 
-    Equivalent to ``sum(w * (n(x) if n else x) for w, x, n in zip(weights, xs, norms))``. Reads every input
-    twice in training (once in evaluation) and writes one tensor; keeps only the inputs and, per channel, two
-    numbers for the backward, whose one reduction gives the gradients of weights and BatchNorms together.
+    Equivalent to ``sum(w * (n(x) if n else x) for w, x, n in zip(weights, xs, norms))``. Reads
+    every input twice in training (once in evaluation) and writes one tensor; keeps only the inputs
+    and, per channel, two numbers for the backward, whose one reduction gives the gradients of
+    weights and BatchNorms together.
 
     Args:
         xs: 1 to 64 floating-point tensors ``(N, C, ...)`` of one shape and device.
         weights: ``(K,)``, or K numbers or 0-d tensors.
-        norms: for each input None (it enters as it is) or a ``BatchNorm2d``, affine or not. Running statistics
-            and counters of those in training are updated once, as calling them would.
+        norms: for each input None (it enters as it is) or a ``BatchNorm2d``, affine or not. Running
+            statistics and counters of those in training are updated once, as calling them would.
         training: overrides the norms' own ``training``.
 
     Returns:
-        A new tensor of that shape, in the promoted dtype of ``xs`` and the memory format of ``xs[0]``.
+        A new tensor of that shape, in the promoted dtype of ``xs`` and the memory format of
+        ``xs[0]``.
 
     Raises:
         ValueError: counts or shapes that do not fit, or one value per channel in training.
@@ -57,7 +59,7 @@ def mixed_batch_norm(
 def split_tensors(
     kinds: Sequence[int], affine: Sequence[bool], tensors: Sequence[Tensor]
 ) -> tuple[list[Tensor], ...]:
-    """The flat argument list of the Functions: xs, gammas, betas, running means, running variances."""
+    """The Functions' flat argument list: xs, gammas, betas, running means and variances."""
     lengths = (len(kinds), sum(affine), sum(affine), kinds.count(RUNNING), kinds.count(RUNNING))
     parts, start = [], 0
     for length in lengths:
@@ -73,7 +75,7 @@ def inputs_to_save(
     need_xs: Sequence[bool],
     need_norms: bool,
 ) -> list[bool]:
-    """Which inputs the backward reads: those that were normalised by their batch, or are in a dot product."""
+    """Which inputs the backward reads: normalised by their batch, or in a dot product."""
     return [
         need_w or (affine[k] and need_norms) or (kind == BATCH and need_xs[k])
         for k, kind in enumerate(kinds)

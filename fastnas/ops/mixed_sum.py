@@ -17,15 +17,18 @@ from fastnas.ops._common import as_weights, check_candidates, differentiate, fak
 def mixed_sum(xs: Sequence[Tensor], weights: Tensor | Sequence[Tensor | float]) -> Tensor:
     """``y = sum_k weights[k] * xs[k]`` in one pass over the inputs.
 
-    Equivalent to ``sum(w * x for w, x in zip(weights, xs))``, with sums in float32 (float64 for float64
-    inputs) whatever the storage. Reads K tensors and writes one, where the loop reads about 2K and writes K.
+    Equivalent to ``sum(w * x for w, x in zip(weights, xs))``, with sums in float32 (float64 for
+    float64 inputs) whatever the storage. Reads K tensors and writes one, where the loop reads about
+    2K and writes K.
 
     Args:
-        xs: 1 to 64 floating-point tensors of one shape and device; dtypes and memory formats may differ.
+        xs: 1 to 64 floating-point tensors of one shape and device; dtypes and memory formats may
+        differ.
         weights: ``(K,)``, or K numbers or 0-d tensors. They need not sum to 1 nor be positive.
 
     Returns:
-        A new tensor of that shape, in the promoted dtype of ``xs`` and the memory format of ``xs[0]``.
+        A new tensor of that shape, in the promoted dtype of ``xs`` and the memory format of
+        ``xs[0]``.
 
     Raises:
         ValueError: no inputs, another number of weights than inputs, or shapes that differ.
@@ -64,7 +67,8 @@ class MixedSum(torch.autograd.Function):
         weights, *xs = ctx.saved_tensors
         if torch.is_grad_enabled() or not has_kernels(grad.device.type):
             if not xs:
-                # The values of the inputs do not enter what is asked for: any tensor of the shape will do.
+                # The values of the inputs do not enter what is asked for: any tensor of the shape
+                # will do.
                 xs = [grad.new_zeros((), dtype=d).expand(s) for s, d, _ in ctx.layout]
             return differentiate(
                 lambda w, *x: reference.mixed_sum(x, w), (weights, *xs), ctx.needs_input_grad, grad

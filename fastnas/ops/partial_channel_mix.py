@@ -35,14 +35,16 @@ def partial_channel_mix(
 
         rest = x[:, c:] if same_height else max_pool2d(x[:, c:], 2, 2)
         z = torch.cat([mixed, rest], 1)
-        out = z.view(N, k, c, H, W).transpose(1, 2).reshape(N, C, H, W)  # out[:, o] = z[:, (o % k) * c + o // k]
+        out = z.view(N, k, c, H, W).transpose(1, 2).reshape(N, C, H, W)  # out[:, o] = z[:, (o % k)
+        * c + o // k]
 
     ``x`` is read through its strides and nothing but ``out`` is written.
 
     Args:
-        x: the edge's input ``(N, C, H, W)``, or only its bypassed channels ``(N, C - c, H, W)``. After
-            ``processed, rest = x.split([c, C - c], 1)`` hand over ``rest``: autograd then joins the two
-            gradients once, where slices of ``x`` would cost it two tensors of zeros and a sum.
+        x: the edge's input ``(N, C, H, W)``, or only its bypassed channels ``(N, C - c, H, W)``.
+            After ``processed, rest = x.split([c, C - c], 1)`` hand over ``rest``: autograd then
+            joins the two gradients once, where slices of ``x`` would cost it two tensors of zeros
+            and a sum.
         xs: the candidates' outputs, ``(N, c, H', W')`` each, computed from ``x[:, :c]``.
         weights: ``(K,)``, or K numbers or 0-d tensors.
         k: one channel in ``k`` is processed.
@@ -50,7 +52,8 @@ def partial_channel_mix(
         training: as in :func:`mixed_batch_norm`.
 
     Returns:
-        ``(N, C, H', W')`` in the promoted dtype of ``xs`` and ``x`` and the memory format of ``xs[0]``.
+        ``(N, C, H', W')`` in the promoted dtype of ``xs`` and ``x`` and the memory format of
+        ``xs[0]``.
 
     Raises:
         ValueError: channels that do not fit ``k``, or sizes that are neither equal nor halved.
@@ -62,7 +65,8 @@ def partial_channel_mix(
     norms = [None] * len(xs) if norms is None else norms
     n = gather_norms("partial_channel_mix", xs, norms, training)
     y, mean, var = PartialChannelMix.apply(
-        k, n.kinds, n.eps, n.affine, rest, w, *xs, *n.gammas, *n.betas, *n.running_means, *n.running_vars
+        k, n.kinds, n.eps, n.affine, rest, w, *xs, *n.gammas, *n.betas, *n.running_means,
+        *n.running_vars
     )  # fmt: skip
     if n.updates:
         count = xs[0].numel() // max(xs[0].shape[1], 1)
@@ -77,12 +81,14 @@ def _bypassed(x: Tensor, mixed: Tensor, k: int) -> Tensor:
         raise ValueError(f"{op}: expected k of at least 2, but got {k}")
     if x.dim() != 4 or mixed.dim() != 4:
         raise ValueError(
-            f"{op}: expected x and xs of shape (N, C, H, W), but got {list(x.shape)} and {list(mixed.shape)}"
+            f"{op}: expected x and xs of shape (N, C, H, W), but got {list(x.shape)} and "
+            f"{list(mixed.shape)}"
         )
     c = mixed.shape[1]
     if x.shape[1] not in (k * c, (k - 1) * c) or x.shape[0] != mixed.shape[0]:
         raise ValueError(
-            f"{op}: expected x with {k * c} channels, or its last {(k - 1) * c}, for k = {k} and xs of shape "
+            f"{op}: expected x with {k * c} channels, or its last {(k - 1) * c}, for k = {k} "
+            f"and xs of shape "
             f"{list(mixed.shape)}, but got {list(x.shape)}"
         )
     (h, w), out = x.shape[2:], mixed.shape[2:]
@@ -120,7 +126,8 @@ class PartialChannelMix(torch.autograd.Function):
         keep = inputs_to_save(kinds, affine, need_w, need[:n], any(need[n : n + 2 * len(gammas)]))
         saved = [x if kept else x.new_empty(0) for x, kept in zip(xs, keep, strict=True)]
         pooled = rest.shape[2] != xs[0].shape[2]
-        # A copied bypass has a gradient without its values; a pooled one needs them to find the maxima again.
+        # A copied bypass has a gradient without its values; a pooled one needs them to find the
+        # maxima again.
         kept_rest = rest if need_rest and pooled else rest.new_empty(0)
         ctx.save_for_backward(kept_rest, weights, mean, var, *saved, *tensors[n:])
         ctx.k, ctx.kinds, ctx.eps, ctx.affine = k, kinds, eps, affine
@@ -134,7 +141,7 @@ class PartialChannelMix(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor | None, _mean: Tensor | None, _var: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of the bypass, the weights, the inputs and the affine parameters that ask for one."""
+        """Gradients of all that ask for one: bypass, weights, inputs, affine parameters."""
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         k, kinds, eps, affine = ctx.k, ctx.kinds, ctx.eps, ctx.affine
@@ -157,8 +164,8 @@ class PartialChannelMix(torch.autograd.Function):
             return (None, None, None, None, *grads)
         xs, gammas, betas, *_ = split_tensors(kinds, affine, tensors)
         drest, dxs, dw, dgamma, dbeta = torch.ops.fastnas.partial_channel_mix_backward(
-            grad, rest, list(rest_shape[2:]), xs, weights, k, mean, var, kinds, eps, affine, gammas, betas,
-            need_rest, need[:n], need_w,
+            grad, rest, list(rest_shape[2:]), xs, weights, k, mean, var, kinds, eps, affine, gammas,
+            betas, need_rest, need[:n], need_w,
         )  # fmt: skip
         grads = pack_gradients(ctx, dxs, dw, dgamma, dbeta)
         return (None, None, None, None, drest.to(rest_dtype) if need_rest else None, *grads)

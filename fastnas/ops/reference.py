@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op of this package once more in plain PyTorch: what it computes, with nothing done for speed.
+"""Every op once more in plain PyTorch: what it computes, with nothing done for speed.
 
-The tests compare the kernels with these functions, devices without kernels run them, and second derivatives
-are taken through them. They are meant to be read beside the papers.
+The tests compare the kernels with these functions, devices without kernels run them, and second
+derivatives are taken through them. They are meant to be read beside the papers.
 """
 
 from __future__ import annotations
@@ -85,12 +85,13 @@ def mixed_batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm of some of the candidates' outputs, then the weighted sum of all.
 
-    Every sequence has one entry per candidate. ``kinds[k]`` says how candidate k enters: ``PLAIN`` as it is,
-    ``BATCH`` normalised with the statistics of this batch, ``RUNNING`` with the given running ones.
+    Every sequence has one entry per candidate. ``kinds[k]`` says how candidate k enters: ``PLAIN``
+    as it is, ``BATCH`` normalised with the statistics of this batch, ``RUNNING`` with the given
+    running ones.
 
     Returns:
-        ``y`` of the shape of ``xs[0]``; the means and the biased variances that were used, ``(K, C)`` each
-        (zeros and ones where nothing was normalised).
+        ``y`` of the shape of ``xs[0]``; the means and the biased variances that were used, ``(K,
+        C)`` each (zeros and ones where nothing was normalised).
     """
     dtype = result_dtype(xs)
     acc = accumulate_dtype(dtype)
@@ -141,8 +142,8 @@ def partial_channel_join(rest: Tensor, mixed: Tensor, k: int) -> Tensor:
 def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: Tensor) -> Tensor:
     """Gradient of the gate logits, ProxylessNAS (arXiv 1812.00332) eq. 4 in closed form.
 
-    ``G_j = <grad_output, outputs[j]>`` and ``dalpha_i = p_i (G_i - sum_j p_j G_j)``. An output that is None is
-    zero (the Zero candidate).
+    ``G_j = <grad_output, outputs[j]>`` and ``dalpha_i = p_i (G_i - sum_j p_j G_j)``. An output that
+    is None is zero (the Zero candidate).
 
     Returns:
         ``(K,)`` in the dtype of ``probs``.
@@ -154,7 +155,7 @@ def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: 
     return (p * (big_g - (p * big_g).sum())).to(probs.dtype)
 
 
-# --- path sampling ---------------------------------------------------------------------------------------------------
+# --- path sampling
 
 _MASK = 0xFFFFFFFF
 _UNIT = 1 << 24
@@ -173,7 +174,8 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key
     for _ in range(10):
-        # The product of two 32-bit words wraps in int64, but its bits are those of the unsigned product.
+        # The product of two 32-bit words wraps in int64, but its bits are those of the unsigned
+        # product.
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         high0, low0 = (product0 >> 32) & _MASK, product0 & _MASK
         high1, low1 = (product1 >> 32) & _MASK, product1 & _MASK
@@ -183,7 +185,7 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def _path_mass(logits: Tensor, counts: Tensor | None) -> Tensor:
-    """Integers in proportion to ``softmax(logits)``: the largest of an edge is 2^24, a live one at least 1.
+    """Integers in proportion to ``softmax(logits)``: an edge's largest is 2^24, a live one >= 1.
 
     Sums and comparisons of integers are exact, so devices that agree on these agree on every draw.
     """
@@ -201,7 +203,7 @@ def _path_mass(logits: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _draw(mass: Tensor, word: Tensor) -> Tensor:
-    """Index drawn in proportion to ``mass`` (E, K) by a uniform 32-bit ``word`` (E,); -1 if all mass is 0."""
+    """Index drawn in proportion to ``mass`` (E, K) by a 32-bit ``word`` (E,); -1 if all is 0."""
     cumulative = mass.cumsum(1)
     total = cumulative[:, -1:]
     # K <= 64 keeps total <= 2^30, so the product stays within 62 bits.
@@ -213,7 +215,7 @@ def _draw(mass: Tensor, word: Tensor) -> Tensor:
 def sample_path_indices(
     logits: Tensor, counts: Tensor | None, seed: int, step: int, two: bool
 ) -> tuple[Tensor, Tensor]:
-    """The draws of :func:`fastnas.ops.sample_paths`: active and inactive candidate of each edge, -1 for none."""
+    """The draws of :func:`fastnas.ops.sample_paths`: active and inactive candidates, -1: none."""
     edges = logits.shape[0]
     counter = torch.zeros(edges, 4, dtype=torch.int64, device=logits.device)
     counter[:, 0] = torch.arange(edges, device=logits.device)
@@ -240,8 +242,9 @@ def path_probabilities(
     """Probabilities that go with sampled paths, differentiable in ``logits``.
 
     Returns:
-        ``(E, 2)``: the softmax probability of the active candidate and 0 where nothing is inactive, else the
-        probabilities of the pair, renormalised to sum to 1 (spec of ProxylessNAS' two-path mode).
+        ``(E, 2)``: the softmax probability of the active candidate and 0 where nothing is inactive,
+        else the probabilities of the pair, renormalised to sum to 1 (spec of ProxylessNAS' two-path
+        mode).
     """
     x = logits.to(accumulate_dtype(logits.dtype))
     column = torch.arange(logits.shape[1], device=logits.device)

@@ -19,8 +19,8 @@ class Paths(NamedTuple):
     Attributes:
         active: ``(E,)`` int64, the candidate that runs; -1 for an edge without any live candidate.
         inactive: ``(E,)`` int64, the other one of the pair; -1 where only one was drawn.
-        probs: ``(E, 2)``, differentiable in the logits: with a pair, the two probabilities renormalised to sum
-            to 1; else the active one's softmax probability, and 0.
+        probs: ``(E, 2)``, differentiable in the logits: with a pair, the two probabilities
+            renormalised to sum to 1; else the active one's softmax probability, and 0.
     """
 
     active: Tensor
@@ -43,16 +43,19 @@ def sample_paths(
     """Draw the active candidate of every edge from ``softmax(logits)`` (ProxylessNAS, section 3.2).
 
     The draw is a function of its arguments alone: Philox-4x32-10 keyed by ``seed`` with the counter
-    ``(edge, 0, step)``. The same arguments give the same paths on the CPU, on a GPU, on every rank and after
-    every resume. Probabilities are resolved to 2^-24 of an edge's largest; a live candidate is never impossible.
+    ``(edge, 0, step)``. The same arguments give the same paths on the CPU, on a GPU, on every rank
+    and after every resume. Probabilities are resolved to 2^-24 of an edge's largest; a live
+    candidate is never impossible.
 
     Args:
-        logits: ``(E, K)`` floating point, K at most 64. A logit of -inf or NaN marks a dead candidate.
+        logits: ``(E, K)`` floating point, K at most 64. A logit of -inf or NaN marks a dead
+            candidate.
         seed: non-negative integer below 2^64.
         step: non-negative integer below 2^64; another step, another draw.
-        counts: ``(E,)`` int64, the number of candidates of each edge (the first ones of its row); None: all K.
-        two: draw an ordered pair without replacement and which of the two is active (two-path mode), by their
-            renormalised probabilities.
+        counts: ``(E,)`` int64, the number of candidates of each edge (the first ones of its row);
+            None: all K.
+        two: draw an ordered pair without replacement and which of the two is active (two-path
+            mode), by their renormalised probabilities.
 
     Returns:
         The draw; see :class:`Paths`.
@@ -93,7 +96,7 @@ def _signed(value: int) -> int:
 
 
 class SamplePaths(torch.autograd.Function):
-    """Autograd of :func:`sample_paths`: the draw is constant, its probabilities are differentiable."""
+    """Autograd of :func:`sample_paths`: the draw is constant, its probabilities are not."""
 
     @staticmethod
     def forward(
