@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import darts_by_name
 import pytest
 import torch
@@ -19,8 +21,13 @@ PC = GENOTYPES["PC_DARTS_cifar"]
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def one_thread() -> Iterator[None]:
+    """Seeds, and one thread: on tensors this small threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", GENOTYPES)

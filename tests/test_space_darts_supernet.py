@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import darts_by_name
 import pytest
@@ -13,14 +14,20 @@ from torch import Tensor
 
 from fastnas.spaces.base import CellWeights
 from fastnas.spaces.darts import Supernet
+from fastnas.spaces.darts.backbone import reduction_layers
 
 KINDS = ("normal", "reduce")
 FP64 = {"rtol": 1e-9, "atol": 1e-10}
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def one_thread() -> Iterator[None]:
+    """Seeds, and one thread: on tensors this small threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 def random_weights(
@@ -93,13 +100,21 @@ def test_state_dict_goes_both_ways() -> None:
     } <= set(first.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("layers", "reductions"), [(3, (1, 2)), (4, (1, 2)), (5, (1, 3)), (14, (4, 9))]
-)
-def test_reduction_cells(layers: int, reductions: tuple[int, ...]) -> None:
+def test_reduction_cells() -> None:
+    expected = {
+        1: (0,),
+        2: (0, 1),
+        3: (1, 2),
+        4: (1, 2),
+        5: (1, 3),
+        8: (2, 5),
+        14: (4, 9),
+        20: (6, 13),
+    }
+    assert {layers: reduction_layers(layers) for layers in expected} == expected
     with torch.device("meta"):
-        model = Supernet(4, layers)
-    assert tuple(i for i, cell in enumerate(model.cells) if cell.reduction) == reductions
+        model = Supernet(4, 5)
+    assert [cell.reduction for cell in model.cells] == [False, True, False, True, False]
 
 
 def test_only_cell_norms_lack_scale_and_shift() -> None:
@@ -194,8 +209,8 @@ def test_image_errors(stem: str, shape: tuple[int, ...], message: str) -> None:
 def test_imagenet_stem_rounds_up() -> None:
     with torch.device("meta"):
         model = Supernet(4, 3, stem="imagenet")
-        for size in (221, 224, 256):
-            assert model(torch.empty(1, 3, size, 224), model.uniform_weights()).shape == (1, 10)
+        # 221 leaves 56 pixels behind stem0, as 224 does.
+        assert model(torch.empty(1, 3, 221, 256), model.uniform_weights()).shape == (1, 10)
 
 
 def test_weight_errors() -> None:
