@@ -11,7 +11,7 @@ RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def randomise_statistics(op: nn.Module) -> nn.Module:
-    """Running statistics as after some training: fresh ones (0 and 1) hide mistakes in evaluation."""
+    """Running statistics as after some training: fresh ones (0 and 1) hide mistakes."""
     for module in op.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.normal_()

@@ -49,7 +49,7 @@ class Left:
     Attributes:
         name: where it is in the model.
         reason: why, in one clause.
-        difference: the largest relative difference; None where nothing could be measured.
+        difference: the relative difference of what the reason names; None without one.
     """
 
     name: str

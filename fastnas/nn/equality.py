@@ -44,7 +44,7 @@ class Verdict:
 
     Attributes:
         reason: why it may not; None if it may.
-        difference: the largest relative difference, when that is the reason.
+        difference: the relative difference of what is named, when that is the reason.
         partial: it is a partial-channel one.
         skip_zero: it does not run candidates of weight zero.
         forms: what was proved of the candidates' classes.
@@ -141,10 +141,12 @@ def _compare(
         except _FOREIGN as error:
             verdicts.append(Verdict(f"ours does not run on its candidates: {_one_line(error)}"))
             continue
-        worst, what = max((_difference(observed[n], t), n) for n, t in expected.items())
-        if worst <= _TOLERANCE[dtype]:
+        differences = {n: _difference(observed[n], t) for n, t in expected.items()}
+        wrong = [n for n, difference in differences.items() if difference > _TOLERANCE[dtype]]
+        if not wrong:
             return verdict
-        verdicts.append(Verdict(f"it computes something else: {what} differs", worst))
+        reason = f"it computes something else: {wrong[0]} differs"
+        verdicts.append(Verdict(reason, differences[wrong[0]]))
     return verdicts[0]
 
 
