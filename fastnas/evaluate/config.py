@@ -105,6 +105,8 @@ class EvaluateConfig:
             _in_range(name, getattr(self, name), 0)
         for name in ("drop_path", "label_smoothing"):
             _in_range(name, getattr(self, name), 0, 1)
+        if self.resume and self.out is None:
+            raise ValueError("resume: expected a folder in out, but got none")
 
     def torch_device(self) -> torch.device:
         """The device that ``device`` names; ValueError if there is none."""

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastnas eval``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from fastnas.cli.options import choices, parse
+from fastnas.cli.progress import evaluation_progress
+from fastnas.evaluate import PRESETS, EvaluateConfig, Evaluation, find_genotype, preset_config
+from fastnas.search import RunDirectory
+from fastnas.search.files import read_json
+
+__all__ = ["main"]
+
+_DESCRIPTION = (
+    "Train the network of a genotype from scratch and test it. Without options: what the last "
+    "`fastnas search` found, on the images that come with the package. The folder --out gets "
+    "config.json, genotype.json, metrics.jsonl, checkpoint.pt, best.pt and result.json."
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command with the words after ``fastnas eval``."""
+    Evaluation(_config(argv), progress=evaluation_progress()).run()
+    return 0
+
+
+def _config(argv: Sequence[str]) -> EvaluateConfig:
+    preset = choices(argv, preset="demo")["preset"]
+    words = {"prog": "fastnas eval", "description": _DESCRIPTION}
+    config = parse(preset_config(preset), argv, preset=preset, presets=PRESETS, **words)
+    if not config.resume:
+        return config
+    out = config.out
+    if out == "auto":
+        out = config.resolve(find_genotype(config.source)).out
+    if out is None:
+        return config
+    saved = RunDirectory(out).config
+    if not saved.is_file():
+        return config  # the evaluation says what is missing
+    begun = EvaluateConfig.from_dict(read_json(saved), str(saved))
+    begun = dataclasses.replace(begun, out=out)
+    return parse(begun, argv, preset=preset, presets=PRESETS, **words)

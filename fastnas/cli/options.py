@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options from configurations: every field is an option, and a preset makes the defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+__all__ = ["choices", "parse"]
+
+C = TypeVar("C")
+
+_PRESET_HELP = (
+    "Defaults of all other options. With --resume these are the options of the run, and the "
+    "preset only names the folder where --out does not."
+)
+
+
+def choices(argv: Sequence[str], **defaults: str) -> dict[str, str]:
+    """The values of the options that decide the defaults of the others, read beforehand.
+
+    Args:
+        argv: the words of the command line.
+        defaults: option -> default.
+
+    Returns:
+        Option -> value. What is wrong with an option is left for :func:`parse` to say.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in defaults:
+        parser.add_argument(f"--{name}")
+    try:
+        known, _ = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError:
+        return dict(defaults)
+    return {name: getattr(known, name) or default for name, default in defaults.items()}
+
+
+def parse(
+    config: C,
+    argv: Sequence[str],
+    *,
+    preset: str,
+    presets: Iterable[str],
+    prog: str,
+    description: str,
+) -> C:
+    """Parse a command line into a configuration.
+
+    Args:
+        config: the defaults; the fields of its type become the options.
+        argv: the words to parse.
+        preset: where the defaults are from.
+        presets: what ``--preset`` may be.
+        prog: how the command is called.
+        description: what it does.
+
+    Raises:
+        SystemExit: help was asked for (code 0), or an option is wrong (code 2); it was printed.
+        ValueError: a value is out of its range.
+    """
+    options = dataclasses.make_dataclass(
+        "Options",
+        [
+            ("preset", Annotated[Literal[tuple(presets)], tyro.conf.arg(help=_PRESET_HELP)]),
+            # No name: the fields of the configuration stand beside the preset.
+            ("config", Annotated[type(config), tyro.conf.arg(name="")]),
+        ],
+    )
+    parsed: Any = tyro.cli(
+        options,
+        prog=prog,
+        description=description,
+        default=options(preset, config),
+        args=list(argv),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return parsed.config

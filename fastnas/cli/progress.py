@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progress of searches and evaluations: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from fastnas import evaluate, search
+from fastnas.cli.terminal import console, genotype_table
+from fastnas.search.progress import StepReport
+
+if TYPE_CHECKING:
+    from fastnas.evaluate import Evaluation, EvaluationResult
+    from fastnas.search import Search, SearchResult
+
+__all__ = ["evaluation_progress", "search_progress"]
+
+
+def search_progress(target: Console | None = None) -> search.Progress:
+    """What shows a search on ``target``, standard output by default."""
+    target = console() if target is None else target
+    return _SearchDisplay(target) if _live(target) else _SearchText()
+
+
+def evaluation_progress(target: Console | None = None) -> evaluate.Progress:
+    """What shows an evaluation on ``target``, standard output by default."""
+    target = console() if target is None else target
+    return _EvaluationDisplay(target) if _live(target) else evaluate.TextProgress()
+
+
+def _live(target: Console) -> bool:
+    return target.is_terminal and not target.is_dumb_terminal
+
+
+class _Bar:
+    """A bar over the whole run, with what is under it; gone when the run is over."""
+
+    def __init__(self, target: Console) -> None:
+        self._console = target
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[left]}", style="cyan"),
+            TextColumn("{task.fields[numbers]}"),
+            console=target,
+        )
+        self._task = self._bar.add_task("starting", total=None, left="", numbers="")
+        self._below: RenderableType | None = None
+        self._display = Live(console=target, transient=True, refresh_per_second=5)
+
+    def start(self) -> None:
+        self._display.start()
+        self._show()
+
+    def stop(self) -> None:
+        self._display.stop()
+
+    def below(self, content: RenderableType) -> None:
+        self._below = Padding(content, (1, 0, 0, 2))
+        self._show()
+
+    def step(self, report: StepReport) -> None:
+        testing = report.phase == "validation"
+        per_epoch = report.steps if not testing else 1
+        done = (report.epoch - 1) + (1.0 if testing else report.step / per_epoch)
+        numbers = f"testing {report.step}/{report.steps}  " if testing else ""
+        self._bar.update(
+            self._task,
+            description=f"epoch {report.epoch}/{report.epochs}",
+            completed=done,
+            total=report.epochs,
+            left="" if report.seconds_left is None else f"{_clock(report.seconds_left)} left",
+            numbers=numbers + _numbers(report),
+        )
+        self._show()
+
+    def _show(self) -> None:
+        parts: list[RenderableType] = [self._bar.get_renderable()]
+        if self._below is not None:
+            parts.append(self._below)
+        self._display.update(Group(*parts))
+
+
+class _SearchText(search.TextProgress):
+    """Plain lines, and at the end what to do next."""
+
+    def end(self, result: SearchResult) -> None:
+        """The genotype and what comes next."""
+        super().end(result)
+        for hint in _after_search(result):
+            self._write(hint)
+
+
+class _SearchDisplay(search.Progress):
+    """A bar with the current genotype under it, and a line for each epoch above."""
+
+    def __init__(self, target: Console) -> None:
+        self._console = target
+        self._bar = _Bar(target)
+        self._epochs = 0
+
+    def start(self, search: Search) -> None:
+        """Say what is searched and show the bar."""
+        c = search.config
+        self._epochs = c.epochs
+        self._console.print(
+            _headline(f"Searching {c.space} by {c.method}", c.data, search.device, search.path)
+        )
+        if search.resumed:
+            self._console.print(_continued(search.epoch, search.step))
+        self._bar.start()
+        self._bar.below(genotype_table(search.genotype()))
+
+    def step(self, report: StepReport) -> None:
+        """Move the bar."""
+        self._bar.step(report)
+
+    def epoch(self, record: Mapping[str, Any], genotype: Any) -> None:
+        """Leave a line above the bar and show the new genotype."""
+        parts = [_of("train", record["train_loss"], record["train_accuracy"])]
+        if record["arch_loss"] is not None:
+            parts.append(_of("arch", record["arch_loss"], record["arch_accuracy"]))
+        if record["val_loss"] is not None:
+            parts.append(_of("validation", record["val_loss"], record["val_accuracy"]))
+        self._console.print(_line(record, self._epochs, parts))
+        self._bar.below(genotype_table(genotype))
+
+    def end(self, result: SearchResult) -> None:
+        """Show what was found."""
+        self._bar.stop()
+        self._console.print("\nThe cells that were found:", style="bold")
+        self._console.print(Padding(genotype_table(result.genotype), (0, 0, 1, 2)))
+        for hint in _after_search(result):
+            self._console.print(hint)
+
+    def stop(self, reason: BaseException) -> None:
+        """Give the terminal back."""
+        self._bar.stop()
+
+
+class _EvaluationDisplay(evaluate.Progress):
+    """A bar, and a line for each epoch above it."""
+
+    def __init__(self, target: Console) -> None:
+        self._console = target
+        self._bar = _Bar(target)
+        self._epochs = 0
+
+    def start(self, evaluation: Evaluation) -> None:
+        """Say what is trained and show the bar."""
+        e = evaluation
+        self._epochs = e.config.epochs
+        self._console.print(
+            _headline(f"Training {e.source.label}", e.data.name, e.device, e.path),
+            genotype_table(e.source.genotype),
+            f"C {e.config.C}, {e.config.layers} layers, {e.parameters:,} parameters, "
+            f"{e.operations.macs:,} MACs per image\n",
+            sep="\n",
+        )
+        if e.resumed:
+            self._console.print(_continued(e.epoch, e.step))
+        self._bar.start()
+
+    def step(self, report: StepReport) -> None:
+        """Move the bar."""
+        self._bar.step(report)
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """Leave a line above the bar."""
+        train = _of("train", record["train_loss"], record["train_accuracy"])
+        test = _of("test", record["test_loss"], record["test_accuracy"])
+        self._console.print(_line(record, self._epochs, [train, test]))
+
+    def end(self, result: EvaluationResult) -> None:
+        """Show the figures."""
+        self._bar.stop()
+        self._console.print()
+        rows = result.summary()
+        width = max(len(name) for name, _ in rows)
+        for number, (name, value) in enumerate(rows):
+            self._console.print(f"  {name:<{width}}  {value}", style="" if number else "bold")
+        if result.path is not None:
+            self._console.print(f"\nWritten to {result.path}.")
+
+    def stop(self, reason: BaseException) -> None:
+        """Give the terminal back."""
+        self._bar.stop()
+
+
+def _headline(what: str, data: str, device: Any, path: Any) -> Text:
+    where = "" if path is None else f", into {path}"
+    return Text(what, style="bold").append(f" on {data} ({device}){where}", style="not bold")
+
+
+def _continued(epoch: int, step: int) -> str:
+    return f"Going on after epoch {epoch}, step {step}."
+
+
+def _line(record: Mapping[str, Any], epochs: int, parts: list[str]) -> str:
+    width = len(str(epochs))
+    return (
+        f"epoch {record['epoch']:>{width}}/{epochs}  {'  '.join(parts)}  {record['seconds']:.1f} s"
+    )
+
+
+def _of(name: str, loss: float | None, accuracy: float | None) -> str:
+    shown = "-" if loss is None else f"{loss:.3f}"
+    return f"{name} loss {shown} accuracy {'-' if accuracy is None else f'{accuracy:6.1%}'}"
+
+
+def _numbers(report: StepReport) -> str:
+    parts = []
+    if report.loss is not None:
+        parts.append(f"loss {report.loss:.3f}")
+    if report.accuracy is not None:
+        parts.append(f"accuracy {report.accuracy:.1%}")
+    if report.arch_loss is not None:
+        parts.append(f"arch loss {report.arch_loss:.3f}")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _after_search(result: SearchResult) -> list[str]:
+    """What to tell the user when a search is over."""
+    hints = []
+    if result.path is not None:
+        hints.append(f"Written to {result.path}. Train it with: fastnas eval {result.path}")
+    return hints

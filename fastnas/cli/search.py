@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastnas search``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from fastnas.cli.options import choices, parse
+from fastnas.cli.progress import search_progress
+from fastnas.methods import METHODS
+from fastnas.search import PRESETS, RunDirectory, Search, SearchConfig, preset_config
+from fastnas.search.files import read_json
+from fastnas.spaces import SPACES
+
+__all__ = ["main"]
+
+_DESCRIPTION = (
+    "Search a cell. Without options: PC-DARTS on the images that come with the package, in "
+    f"minutes on a CPU. Methods: {', '.join(METHODS)}. Spaces: {', '.join(SPACES)}. The folder "
+    "--out gets config.json, metrics.jsonl, checkpoint.pt and genotype.json."
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command with the words after ``fastnas search``."""
+    Search(_config(argv), progress=search_progress()).run()
+    return 0
+
+
+def _config(argv: Sequence[str]) -> SearchConfig:
+    chosen = choices(argv, preset="demo", method="pc_darts", space="darts")
+    preset = chosen["preset"]
+    config = preset_config(preset, method=chosen["method"], space=chosen["space"])
+    words = {"prog": "fastnas search", "description": _DESCRIPTION}
+    config = parse(config, argv, preset=preset, presets=PRESETS, **words)
+    if not config.resume or config.out is None:
+        return config
+    saved = RunDirectory(config.out).config
+    if not saved.is_file():
+        return config  # the search says what is missing
+    begun = SearchConfig.from_dict(read_json(saved), str(saved))
+    begun = dataclasses.replace(begun, out=config.out)
+    return parse(begun, argv, preset=preset, presets=PRESETS, **words)
