@@ -17,8 +17,9 @@ from fastnas.ops._common import check_candidates, differentiate
 def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: Tensor) -> Tensor:
     """Gradient of a mixed op's gate logits, ProxylessNAS (arXiv 1812.00332) eq. 4.
 
-    ``dalpha_i = p_i (G_i - sum_j p_j G_j)`` with ``G_j = <grad_output, outputs[j]>``. All dot products in one pass over ``grad_output`` and the outputs, then the closed form; the
-    double loop over ``p_j (delta_ij - p_i)`` gives the same numbers.
+    ``dalpha_i = p_i (G_i - sum_j p_j G_j)`` with ``G_j = <grad_output, outputs[j]>``. All dot
+    products in one pass over ``grad_output`` and the outputs, then the closed form; the double loop
+    over ``p_j (delta_ij - p_i)`` gives the same numbers.
 
     Args:
         grad_output: gradient of the loss in the mixed op's output, any shape.
