@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from fastnas.search.progress import StepReport
 
 if TYPE_CHECKING:
-    from fastnas.evaluate.train import Evaluation, EvaluationResult
+    from fastnas.evaluate.result import EvaluationResult
+    from fastnas.evaluate.train import Evaluation
 
 __all__ = ["Progress", "StepReport", "TextProgress"]
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def find_genotype(source: str | os.PathLike[str]) -> GenotypeSource:
     published = ", ".join(n for space in SPACES.values() for n in space.genotypes)
     raise FileNotFoundError(
         f"{name}: expected the folder of a search, a genotype file or a published name "
-        f"({published}), but there is no such thing; `fastnas search --out {name}` makes a search"
+        f"({published}), but there is none of these; `fastnas search --out {name}` makes a search"
     )
 
 
@@ -103,8 +104,6 @@ def _from_file(path: Path) -> tuple[Any, str]:
 
 def _from_json(text: str) -> tuple[Any, str]:
     """The genotype class checks the whole; only the name of the space is looked at here."""
-    import json
-
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -120,5 +119,10 @@ def _call(text: str) -> str:
     calls = text.count("Genotype(")
     if calls != 1:
         raise ValueError(f"expected JSON or a text with one Genotype(...), but found {calls}")
-    start, end = text.index("Genotype("), text.rfind(")")
-    return text[start : end + 1]
+    start = text.index("Genotype(")
+    depth = 0
+    for end, character in enumerate(text[start:], start):
+        depth += (character == "(") - (character == ")")
+        if depth == 0 and character == ")":
+            return text[start : end + 1]
+    return text[start:]  # unbalanced: the parser says so

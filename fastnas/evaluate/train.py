@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnas.data import load
-from fastnas.data.interface import Data
+from fastnas.data import Data, load
 from fastnas.evaluate.config import RUNTIME_FIELDS, EvaluateConfig
 from fastnas.evaluate.progress import Progress, StepReport, TextProgress
 from fastnas.evaluate.result import NETWORK_KIND, EvaluationResult, network_state
@@ -104,13 +103,19 @@ class Evaluation(Resumable):
             self._restore()
 
     def _build_batches(self) -> None:
-        c = self.config
-        shared = {"device": self.device, "seed": c.seed, "memory_format": _LAYOUT[c.memory_format]}
-        # BatchNorm cannot learn from a last batch of one image: an incomplete one is left out.
+        c, layout = self.config, _LAYOUT[self.config.memory_format]
         self._batches = self.data.train_batches(
-            min(c.batch_size, self.data.num_train), augment=c.augment, drop_last=True, **shared
+            min(c.batch_size, self.data.num_train),
+            augment=c.augment,
+            device=self.device,
+            seed=c.seed,
+            # BatchNorm cannot learn from a last batch of one image: an incomplete one is left out.
+            drop_last=True,
+            memory_format=layout,
         )
-        self._tests = self.data.test_batches(min(c.batch_size, self.data.num_test), **shared)
+        self._tests = self.data.test_batches(
+            min(c.batch_size, self.data.num_test), device=self.device, memory_format=layout
+        )
         self.steps_per_epoch = len(self._batches)
 
     def _build_network(self) -> None:
@@ -127,7 +132,8 @@ class Evaluation(Resumable):
         # This also runs the network on shapes alone: images that do not fit are refused here.
         self.operations = count_operations(self.network, (1, data.channels, *data.image_size))
         self.parameters = count_parameters(self.network)
-        self.network.to(device=self.device, memory_format=_LAYOUT[c.memory_format])
+        self.network.to(self.device)
+        self.network.to(memory_format=_LAYOUT[c.memory_format])  # type: ignore[call-overload]
         self._parameters = list(self.network.parameters())
         self.optimizer = torch.optim.SGD(
             self._parameters, c.lr, momentum=c.momentum, weight_decay=c.weight_decay, foreach=True
@@ -180,7 +186,8 @@ class Evaluation(Resumable):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Rises linearly and stays just below its limit.
-        self.network.drop_path_prob = c.drop_path * self.epoch / c.epochs
+        drop_path = c.drop_path * self.epoch / c.epochs
+        self.network.drop_path_prob = drop_path  # type: ignore[assignment]
         self.network.train()
         clock = time.perf_counter()
         for x, y in self._batches.iterate(self.epoch, self.step):

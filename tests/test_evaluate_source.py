@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the genotype of an evaluation comes from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastnas.evaluate import EvaluateConfig, find_genotype, preset_config
+from fastnas.spaces.darts import GENOTYPES
+
+GENOTYPE = GENOTYPES["DARTS_V2"]
+
+
+def test_published_name():
+    source = find_genotype("PC_DARTS_cifar")
+    assert source.genotype == GENOTYPES["PC_DARTS_cifar"]
+    assert (source.space, source.search, source.data) == ("darts", None, None)
+
+
+def test_search(tmp_path):
+    (tmp_path / "genotype.json").write_text(GENOTYPE.to_json())
+    (tmp_path / "config.json").write_text(json.dumps({"data": "cifar10:somewhere"}))
+    source = find_genotype(tmp_path)
+    assert source.genotype == GENOTYPE
+    assert source.search == tmp_path
+    assert source.data == "cifar10:somewhere"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GENOTYPE.to_json(),
+        str(GENOTYPE),
+        f"DARTS_V2 = {GENOTYPE}\n",
+        f"2019-01-01 10:00:00 genotype = {GENOTYPE}\n2019-01-01 epoch 49 done (ok)\n",
+    ],
+    ids=["json", "text", "assignment", "log"],
+)
+def test_file(tmp_path, text):
+    path = tmp_path / "found"
+    path.write_text(text)
+    source = find_genotype(path)
+    assert source.genotype == GENOTYPE
+    assert source.search is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "one Genotype"),
+        (f"{GENOTYPE}\n{GENOTYPE}", "found 2"),
+        ("Genotype(__import__('os').system('true'))", "genotype"),
+        ("{}", "one of the spaces darts"),
+        ("{", "not a JSON file"),
+        ('{"space": "darts"}', "format"),
+        ("x" * 200_000, "over 100000 bytes"),
+    ],
+)
+def test_what_is_no_genotype_is_refused_by_name(tmp_path, text, message):
+    path = tmp_path / "found"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as refused:
+        find_genotype(path)
+    assert str(refused.value).startswith(str(path))
+
+
+def test_nothing_there():
+    with pytest.raises(FileNotFoundError, match=r"nowhere: expected .* PC_DARTS_cifar"):
+        find_genotype("nowhere")
+
+
+def test_search_without_genotype(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no genotype\.json"):
+        find_genotype(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=f"fastnas search --resume --out {tmp_path}"):
+        find_genotype(tmp_path)
+
+
+def test_folder_and_data_follow_from_the_source(tmp_path):
+    (tmp_path / "genotype.json").write_text(GENOTYPE.to_json())
+    (tmp_path / "config.json").write_text(json.dumps({"data": "cifar10:somewhere"}))
+    search = find_genotype(tmp_path)
+    resolved = EvaluateConfig().resolve(search)
+    assert (resolved.data, resolved.out) == ("cifar10:somewhere", str(tmp_path / "eval"))
+    resolved = EvaluateConfig().resolve(find_genotype("DARTS_V1"))
+    assert (resolved.data, resolved.out) == ("fashion-mnist-mini", "runs/eval-DARTS_V1")
+    resolved = EvaluateConfig(data="cifar100:d", out="x").resolve(search)
+    assert (resolved.data, resolved.out) == ("cifar100:d", "x")
+
+
+@pytest.mark.parametrize("preset", ["demo", "cifar10", "imagenet"])
+def test_presets_survive_json(preset):
+    config = preset_config(preset, source="DARTS_V1")
+    assert EvaluateConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_presets_are_those_of_the_papers():
+    cifar = preset_config("cifar10")
+    assert (cifar.C, cifar.layers, cifar.epochs, cifar.batch_size) == (36, 20, 600, 96)
+    assert (cifar.lr, cifar.lr_min, cifar.weight_decay, cifar.grad_clip) == (0.025, 0, 3e-4, 5)
+    assert (cifar.drop_path, cifar.auxiliary_weight, cifar.augment.cutout) == (0.2, 0.4, 16)
+    assert cifar.auxiliary and cifar.label_smoothing == 0
+    imagenet = preset_config("imagenet")
+    assert (imagenet.C, imagenet.layers, imagenet.epochs, imagenet.batch_size) == (48, 14, 250, 128)
+    assert (imagenet.lr, imagenet.schedule, imagenet.lr_decay) == (0.1, "exponential", 0.97)
+    assert (imagenet.weight_decay, imagenet.label_smoothing, imagenet.drop_path) == (3e-5, 0.1, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected at least 1, but got 0"),
+        ({"drop_path": 1.0}, r"drop_path: expected at least 0 and below 1, but got 1\.0"),
+        ({"lr": float("nan")}, "lr: expected at least 0, but got nan"),
+        ({"label_smoothing": -0.1}, "label_smoothing: expected at least 0"),
+        ({"resume": True, "out": None}, "resume: expected a folder in out"),
+    ],
+)
+def test_values_out_of_range(fields, message):
+    with pytest.raises(ValueError, match=message):
+        preset_config(**fields)
+
+
+def test_unknown_preset_and_field():
+    with pytest.raises(ValueError, match="preset: expected one of demo, cifar10, imagenet"):
+        preset_config("cifar")
+    with pytest.raises(TypeError, match="no field 'epoch'"):
+        preset_config(epoch=3)
