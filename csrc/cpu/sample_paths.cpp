@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <optional>
 
 #include "../check.h"
@@ -56,7 +57,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_paths_cpu(const at::Tensor
     active.mutable_data_ptr<int64_t>()[e] = path.active;
     inactive.mutable_data_ptr<int64_t>()[e] = path.inactive;
     if (path.active < 0) continue;
-    const auto kept = [&](int64_t j) { return path.inactive < 0 || j == path.active || j == path.inactive; };
+    const auto kept = [&](int64_t j) {
+      return path.inactive < 0 ? !std::isnan(row[j]) : j == path.active || j == path.inactive;
+    };
     probs[2 * e] = probability(row, count[e], path.active, kept);
     if (path.inactive >= 0) probs[2 * e + 1] = probability(row, count[e], path.inactive, kept);
   }

@@ -33,8 +33,18 @@ def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: 
         ValueError: counts, shapes or devices that differ.
         TypeError: tensors that are not floating point.
     """
-    given = [o for o in outputs if o is not None]
-    check_candidates("gate_gradient", [grad_output, *given], "[grad_output, *outputs]")
+    if not grad_output.is_floating_point():
+        raise TypeError(
+            f"gate_gradient: expected floating-point grad_output, but got {grad_output.dtype}"
+        )
+    filled = [grad_output if o is None else o for o in outputs]
+    check_candidates("gate_gradient", filled, "outputs")
+    if filled[0].shape != grad_output.shape or filled[0].device != grad_output.device:
+        raise ValueError(
+            f"gate_gradient: expected outputs of shape {list(grad_output.shape)} on "
+            f"{grad_output.device} like grad_output, but got {list(filled[0].shape)} on "
+            f"{filled[0].device}"
+        )
     if probs.dim() != 1 or probs.shape[0] != len(outputs):
         raise ValueError(
             f"gate_gradient: expected one probability per output, but got {len(outputs)} outputs "
@@ -48,6 +58,7 @@ def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: 
             f"{probs.device}"
         )
     present = tuple(o is not None for o in outputs)
+    given = [o for o in outputs if o is not None]
     return GateGradient.apply(present, grad_output, probs, *given)
 
 

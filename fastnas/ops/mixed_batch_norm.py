@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fastnas._extension import has_kernels
 from fastnas.ops import reference
-from fastnas.ops._common import as_weights, check_candidates, differentiate, fake_like
+from fastnas.ops._common import (
+    as_weights,
+    check_candidates,
+    differentiate,
+    fake_like,
+    memory_format,
+)
 from fastnas.ops._norms import Norm, gather_norms, spread, update_running_statistics
 from fastnas.ops.reference import BATCH, PLAIN, RUNNING
 
@@ -130,6 +136,7 @@ class MixedBatchNorm(torch.autograd.Function):
         saved = [x if kept else x.new_empty(0) for x, kept in zip(xs, keep, strict=True)]
         ctx.save_for_backward(weights, mean, var, *saved, *tensors[k:])
         ctx.kinds, ctx.eps, ctx.affine = kinds, eps, affine
+        ctx.format = memory_format(xs[0])
         ctx.dtypes = [t.dtype for t in tensors]
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
@@ -159,6 +166,7 @@ class MixedBatchNorm(torch.autograd.Function):
                 grad,
             )
             return (None, None, None, *grads)
+        grad = grad.contiguous(memory_format=ctx.format)
         dxs, dw, dgamma, dbeta = torch.ops.fastnas.mixed_batch_norm_backward(
             grad, xs, weights, mean, var, kinds, eps, affine, gammas, betas, need[:k], need_w
         )

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fastnas._extension import has_kernels
 from fastnas.ops import reference
-from fastnas.ops._common import as_weights, check_candidates, differentiate, fake_like
+from fastnas.ops._common import (
+    as_weights,
+    check_candidates,
+    differentiate,
+    fake_like,
+    memory_format,
+)
 
 
 def mixed_sum(xs: Sequence[Tensor], weights: Tensor | Sequence[Tensor | float]) -> Tensor:
@@ -53,6 +59,7 @@ class MixedSum(torch.autograd.Function):
         saved = xs if ctx.needs_input_grad[0] else ()
         ctx.save_for_backward(weights, *saved)
         ctx.layout = [(x.shape, x.dtype, x.device) for x in xs]
+        ctx.format = memory_format(xs[0])
         ctx.set_materialize_grads(False)
         if has_kernels(xs[0].device.type):
             return torch.ops.fastnas.mixed_sum(list(xs), weights)
@@ -74,6 +81,7 @@ class MixedSum(torch.autograd.Function):
                 lambda w, *x: reference.mixed_sum(x, w), (weights, *xs), ctx.needs_input_grad, grad
             )
         dtypes = [d for (_, d, _), need in zip(ctx.layout, need_x, strict=True) if need]
+        grad = grad.contiguous(memory_format=ctx.format)
         dxs, dw = torch.ops.fastnas.mixed_sum_backward(grad, xs, weights, need_x, need_w)
         grads = iter(dx.to(d) for dx, d in zip(dxs, dtypes, strict=True))
         return (dw if need_w else None, *(next(grads) if need else None for need in need_x))

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fastnas._extension import has_kernels
 from fastnas.ops import reference
-from fastnas.ops._common import as_weights, check_candidates, differentiate, fake_like
+from fastnas.ops._common import (
+    as_weights,
+    check_candidates,
+    differentiate,
+    fake_like,
+    memory_format,
+)
 from fastnas.ops._norms import Norm, gather_norms, update_running_statistics
 from fastnas.ops.mixed_batch_norm import (
     composite,
@@ -84,12 +90,15 @@ def _bypassed(x: Tensor, mixed: Tensor, k: int) -> Tensor:
             f"{op}: expected x and xs of shape (N, C, H, W), but got {list(x.shape)} and "
             f"{list(mixed.shape)}"
         )
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: expected x to be floating-point like xs, but got {x.dtype}")
+    if x.device != mixed.device:
+        raise ValueError(f"{op}: expected x on {mixed.device} like xs, but got {x.device}")
     c = mixed.shape[1]
     if x.shape[1] not in (k * c, (k - 1) * c) or x.shape[0] != mixed.shape[0]:
         raise ValueError(
             f"{op}: expected x with {k * c} channels, or its last {(k - 1) * c}, for k = {k} "
-            f"and xs of shape "
-            f"{list(mixed.shape)}, but got {list(x.shape)}"
+            f"and xs of shape {list(mixed.shape)}, but got {list(x.shape)}"
         )
     (h, w), out = x.shape[2:], mixed.shape[2:]
     if tuple(out) not in ((h, w), (h // 2, w // 2)):
@@ -131,6 +140,7 @@ class PartialChannelMix(torch.autograd.Function):
         kept_rest = rest if need_rest and pooled else rest.new_empty(0)
         ctx.save_for_backward(kept_rest, weights, mean, var, *saved, *tensors[n:])
         ctx.k, ctx.kinds, ctx.eps, ctx.affine = k, kinds, eps, affine
+        ctx.format = memory_format(xs[0])
         ctx.dtypes = [t.dtype for t in tensors]
         ctx.rest, ctx.mixed_shape = (rest.shape, rest.dtype), xs[0].shape
         ctx.mark_non_differentiable(mean, var)
@@ -163,6 +173,7 @@ class PartialChannelMix(torch.autograd.Function):
             )
             return (None, None, None, None, *grads)
         xs, gammas, betas, *_ = split_tensors(kinds, affine, tensors)
+        grad = grad.contiguous(memory_format=ctx.format)
         drest, dxs, dw, dgamma, dbeta = torch.ops.fastnas.partial_channel_mix_backward(
             grad, rest, list(rest_shape[2:]), xs, weights, k, mean, var, kinds, eps, affine, gammas,
             betas, need_rest, need[:n], need_w,

@@ -254,6 +254,8 @@ def path_probabilities(
     other = column == inactive.unsqueeze(1)
     paired = (inactive >= 0).unsqueeze(1)
     kept = torch.where(paired, chosen | other, torch.ones_like(chosen))
-    p = torch.softmax(x.masked_fill(~kept, -torch.inf), 1)
-    p = torch.stack([(p * chosen).sum(1), (p * other).sum(1)], 1)
-    return torch.where((active >= 0).unsqueeze(1), p, torch.zeros_like(p)).to(logits.dtype)
+    x = x.masked_fill(~kept | torch.isnan(x), -torch.inf)
+    # An edge without live candidates chooses nothing; equal logits keep NaN out of its gradient.
+    x = x.masked_fill((active < 0).unsqueeze(1), 0.0)
+    p = torch.softmax(x, 1)
+    return torch.stack([(p * chosen).sum(1), (p * other).sum(1)], 1).to(logits.dtype)
