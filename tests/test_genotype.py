@@ -236,3 +236,11 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         FIVE_NODES.save(file)
     assert Genotype.load(file) == GOOD
     assert os.listdir(tmp_path) == ["genotype.json"]
+
+
+def test_save_never_writes_into_the_old_file(tmp_path: Path) -> None:
+    file, other = tmp_path / "genotype.json", tmp_path / "other.json"
+    GOOD.save(file)
+    os.link(file, other)
+    FIVE_NODES.save(file)
+    assert (Genotype.load(file), Genotype.load(other)) == (FIVE_NODES, GOOD)

@@ -194,6 +194,17 @@ def test_cells_of_another_shape() -> None:
     assert model.classifier.in_features == 32
 
 
+def test_concat_keeps_its_order() -> None:
+    pairs = (("skip_connect", 0), ("max_pool_3x3", 1), ("skip_connect", 2), ("max_pool_3x3", 0))
+    plan = LayerPlan(4, 4, 4, False, False)
+    first, second = (Cell(Genotype(pairs, c, pairs, c), plan) for c in ((2, 3), (3, 2)))
+    second.load_state_dict(first.state_dict())
+    s0, s1 = torch.randn(2, 2, 4, 8, 8)
+    node2, node3 = first(s0, s1).chunk(2, dim=1)
+    assert torch.equal(second(s0, s1), torch.cat([node3, node2], 1))
+    assert not torch.equal(node2, node3)
+
+
 @pytest.mark.parametrize(("stem", "size"), [("cifar", 28), ("imagenet", 32)])
 def test_export(stem: str, size: int) -> None:
     model = Network(PC, 2, 3, 10, auxiliary=True, drop_path=0.2, stem=stem, in_channels=1).eval()
