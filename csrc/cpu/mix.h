@@ -47,15 +47,18 @@ class Mix {
       : layout_(layout),
         kernels_(range_kernels<T>()),
         period_(layout.columns ? std::lcm(std::max<int64_t>(layout.C, 1), int64_t{kernels_.lanes}) : kernels_.lanes) {
-    const Layout& l = layout_;
-    if (l.columns) {
+    const int64_t C = std::max<int64_t>(layout.C, 1), S = std::max<int64_t>(layout.S, 1);
+    block_ = std::max<int64_t>(kBlockElements / period_, 1) * period_;
+    if (layout.columns) {
+      width_ = C;
       share_ = (kTaskElements + period_ - 1) / period_ * period_;
-      block_ = std::max<int64_t>(kBlockElements / period_, 1) * period_;
-      tasks_ = (l.elements() + share_ - 1) / share_;
+      tasks_ = (layout.elements() + share_ - 1) / share_;
     } else {
-      share_ = std::max<int64_t>(kTaskElements / std::max<int64_t>(l.S, 1), 1);
-      chunks_ = (l.N + share_ - 1) / share_;
-      tasks_ = l.C * chunks_;
+      // Whole images, so that memory is read straight through; some channels of one where an image is large.
+      width_ = C * S <= 2 * kTaskElements ? C : std::clamp<int64_t>(kTaskElements / S, 1, C);
+      share_ = std::max<int64_t>(kTaskElements / (width_ * S), 1);
+      groups_ = (C + width_ - 1) / width_;
+      tasks_ = (layout.N + share_ - 1) / share_ * groups_;
     }
   }
 
@@ -71,34 +74,28 @@ class Mix {
     return out;
   }
 
-  // Mean and biased variance of every channel of each x that is not null: [K][C].
+  // Mean and biased variance of every channel of each x that is not null: [K][C]. A task takes its mean first and the
+  // deviations from it while its values are still in the cache; tasks are folded in double.
   void statistics(const std::vector<const T*>& xs, std::vector<double>& mean, std::vector<double>& var) const {
-    const int64_t C = layout_.C, per_task = layout_.columns ? C : 1;
-    const int64_t K = xs.size();
-    std::vector<double> partial(K * tasks_ * per_task * 2);
+    const int64_t C = layout_.C, K = xs.size();
+    std::vector<double> partial(K * tasks_ * width_ * 2);
     parallel(K * tasks_, 1, [&](int64_t unit) {
-      const int64_t k = unit / tasks_;
-      double* out = partial.data() + unit * per_task * 2;
-      if (!xs[k]) return;
-      if (layout_.columns)
-        column_task(xs[k], unit % tasks_, out, out + C);
-      else
-        plane_task(xs[k], unit % tasks_, out, out + 1);
+      if (const T* x = xs[unit / tasks_]) task_statistics(x, unit % tasks_, partial.data() + unit * width_ * 2);
     });
     for (int64_t k = 0; k < K; ++k) {
       if (!xs[k]) continue;
-      for (int64_t c = 0; c < C; ++c) {
-        double m = 0, m2 = 0, total = 0;
-        const int64_t first = layout_.columns ? 0 : c * chunks_, last = layout_.columns ? tasks_ : first + chunks_;
-        for (int64_t t = first; t < last; ++t) {
-          const double* p = partial.data() + (k * tasks_ + t) * per_task * 2 + (layout_.columns ? c : 0);
-          const double count = values_of(t, c);
-          if (count) merge_statistics(&m, &m2, total, p[0], p[per_task], count);
-          total += count;
+      double *m = mean.data() + k * C, *m2 = var.data() + k * C;
+      std::vector<double> total(C);
+      for (int64_t c = 0; c < C; ++c) m[c] = m2[c] = 0;
+      for (int64_t task = 0; task < tasks_; ++task) {
+        const Range r = range(task);
+        const double* p = partial.data() + (k * tasks_ + task) * width_ * 2;
+        for (int64_t c = r.c0; c < r.c1; ++c, ++p) {
+          merge_statistics(m + c, m2 + c, total[c], p[0], p[width_], r.values);
+          total[c] += r.values;
         }
-        mean[k * C + c] = m;
-        var[k * C + c] = m2 / layout_.values();
       }
+      for (int64_t c = 0; c < C; ++c) m2[c] /= layout_.values();
     }
   }
 
@@ -112,11 +109,10 @@ class Mix {
     parallel(tasks_, K, [&](int64_t task) {
       std::vector<const T*> at(K);
       std::vector<T> buffer(gathers(y) ? block_ : 0);
-      pieces(task, [&](int64_t begin, int64_t n, int64_t c, int64_t slice) {
+      pieces(task, gathers(y), [&](int64_t begin, int64_t n, int64_t c, int64_t slice) {
         for (int64_t k = 0; k < K; ++k) at[k] = xs[k] + begin;
-        const int64_t tile = layout_.columns ? 0 : c;
         T* out = gathers(y) ? buffer.data() : layout_.columns ? y.data + begin : plane(y, slice, c);
-        kernels_.combine(at.data(), K, out, n, a.data() + tile * K * period_, b.data() + tile * period_, period_);
+        kernels_.combine(at.data(), K, out, n, a.data() + c * K * period_, b.data() + c * period_, period_);
         if (!gathers(y)) return;
         const int64_t C = layout_.C, first = begin / C, pixels = n / C;
         for (int64_t p = 0; p < pixels; ++p) {
@@ -124,36 +120,36 @@ class Mix {
           for (int64_t j = 0; j < C; ++j) row[j * y.step] = out[p * C + j];
         }
         after(first, first + pixels);
-      }, gathers(y));
+      });
     });
   }
 
   // sums[C] = sum g and dots[K][C] = sum g (x_k - centre_k), those of null xs left alone.
   void reduce(Slot<const T> g, const std::vector<const T*>& xs, const std::vector<double>& centre,
               std::vector<double>& sums, std::vector<double>& dots) const {
-    const int64_t C = layout_.C, K = xs.size(), width = layout_.columns ? C : 1;
+    const int64_t C = layout_.C, K = xs.size();
     const std::vector<acc_t> m = table(centre);
-    std::vector<double> partial(tasks_ * (K + 1) * width);
+    std::vector<double> partial(tasks_ * (K + 1) * width_);
     parallel(tasks_, K + 1, [&](int64_t task) {
-      std::vector<acc_t> acc((K + 1) * period_);
+      const int64_t tile = (K + 1) * period_, first = range(task).c0;
+      std::vector<acc_t> acc(tile * tiles());
       std::vector<const T*> at(K);
       std::vector<T> buffer(gathers(g) ? block_ : 0);
-      pieces(task, [&](int64_t begin, int64_t n, int64_t c, int64_t slice) {
+      pieces(task, gathers(g), [&](int64_t begin, int64_t n, int64_t c, int64_t slice) {
         for (int64_t k = 0; k < K; ++k) at[k] = xs[k] ? xs[k] + begin : nullptr;
         const T* gp = gradient_piece(g, begin, n, c, slice, buffer);
-        const acc_t* tile = m.data() + (layout_.columns ? 0 : c) * K * period_;
-        kernels_.reduce(gp, at.data(), K, n, tile, acc.data(), acc.data() + period_, period_);
-      }, gathers(g));
-      double* out = partial.data() + task * (K + 1) * width;
-      for (int64_t k = 0; k <= K; ++k)
-        for (int64_t l = 0; l < period_; ++l) out[k * width + l % width] += acc[k * period_ + l];
+        acc_t* sum = acc.data() + (layout_.columns ? 0 : c - first) * tile;
+        kernels_.reduce(gp, at.data(), K, n, m.data() + c * K * period_, sum, sum + period_, period_);
+      });
+      double* out = partial.data() + task * (K + 1) * width_;
+      for (int64_t k = 0; k <= K; ++k) fold(acc.data() + k * period_, tile, out + k * width_);
     });
-    for (int64_t task = 0; task < tasks_; ++task)
+    for (int64_t task = 0; task < tasks_; ++task) {
+      const Range r = range(task);
       for (int64_t k = 0; k <= K; ++k)
-        for (int64_t j = 0; j < width; ++j) {
-          const int64_t c = layout_.columns ? j : task / chunks_;
-          (k == 0 ? sums[c] : dots[(k - 1) * C + c]) += partial[(task * (K + 1) + k) * width + j];
-        }
+        for (int64_t c = r.c0; c < r.c1; ++c)
+          (k == 0 ? sums[c] : dots[(k - 1) * C + c]) += partial[(task * (K + 1) + k) * width_ + c - r.c0];
+    }
   }
 
   // dx_k = a_k g + b_k (x_k - centre_k) + c_k where x_k is given, a_k g where it is null.
@@ -162,46 +158,105 @@ class Mix {
                  const std::vector<double>& centre) const {
     const int64_t K = xs.size();
     const std::vector<acc_t> ta = table(a), tb = table(b), tc = table(c), tm = table(centre);
-    parallel(tasks_, K, [&](int64_t task) {
+    parallel(tasks_, 2 * K, [&](int64_t task) {
       std::vector<const T*> at(K);
       std::vector<T*> to(K);
       std::vector<T> buffer(gathers(g) ? block_ : 0);
-      pieces(task, [&](int64_t begin, int64_t n, int64_t channel, int64_t slice) {
+      pieces(task, gathers(g), [&](int64_t begin, int64_t n, int64_t channel, int64_t slice) {
         for (int64_t k = 0; k < K; ++k) {
           at[k] = xs[k] ? xs[k] + begin : nullptr;
           to[k] = dxs[k] ? dxs[k] + begin : nullptr;
         }
         const T* gp = gradient_piece(g, begin, n, channel, slice, buffer);
-        const int64_t t = (layout_.columns ? 0 : channel) * K * period_;
+        const int64_t t = channel * K * period_;
         kernels_.gradients(gp, at.data(), to.data(), K, n, ta.data() + t, tb.data() + t, tc.data() + t,
                            tm.data() + t, period_);
-      }, gathers(g));
+      });
     });
   }
 
  private:
+  struct Range {
+    int64_t n0, n1, c0, c1;    // images and channels of a task; columns: all channels, n in elements
+    double values;             // per channel
+  };
+
+  Range range(int64_t task) const {
+    const Layout& l = layout_;
+    if (l.columns) {
+      const int64_t n0 = task * share_, n1 = std::min(n0 + share_, l.elements());
+      return {n0, n1, 0, l.C, static_cast<double>((n1 - n0) / l.C)};
+    }
+    const int64_t n0 = task / groups_ * share_, n1 = std::min(n0 + share_, l.N), c0 = task % groups_ * width_;
+    return {n0, n1, c0, std::min(c0 + width_, l.C), static_cast<double>((n1 - n0) * l.S)};
+  }
+
+  // How many tables of a period a task accumulates into: one a channel for planes.
+  int64_t tiles() const { return layout_.columns ? 1 : width_; }
+
   template <typename F>
   void parallel(int64_t units, int64_t operands, F&& f) const {
-    const int64_t each = (layout_.columns ? share_ : share_ * layout_.S) * std::max<int64_t>(operands, 1);
+    const int64_t each = share_ * (layout_.columns ? 1 : width_ * layout_.S) * std::max<int64_t>(operands, 1);
     const int64_t grain = std::max<int64_t>(2 * kTaskElements / std::max<int64_t>(each, 1), 1);
     at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) f(u);
     });
   }
 
-  // Calls f(begin, n, channel, slice) for the consecutive pieces of a task: planes of one channel, or the pixels of
-  // a task at once (in blocks when they pass through a buffer).
+  // Calls f(begin, n, channel, image) for the consecutive pieces of a task: plane after plane, or all its pixels (in
+  // blocks when they pass through a buffer) with channel 0.
   template <typename F>
-  void pieces(int64_t task, F&& f, bool in_blocks) const {
+  void pieces(int64_t task, bool in_blocks, F&& f) const {
+    const Range r = range(task);
     if (layout_.columns) {
-      const int64_t last = std::min((task + 1) * share_, layout_.elements());
       const int64_t step = in_blocks ? block_ : share_;
-      for (int64_t begin = task * share_; begin < last; begin += step)
-        f(begin, std::min(step, last - begin), int64_t{0}, int64_t{0});
+      for (int64_t begin = r.n0; begin < r.n1; begin += step)
+        f(begin, std::min(step, r.n1 - begin), int64_t{0}, int64_t{0});
       return;
     }
-    const int64_t c = task / chunks_, first = task % chunks_ * share_, last = std::min(first + share_, layout_.N);
-    for (int64_t n = first; n < last; ++n) f((n * layout_.C + c) * layout_.S, layout_.S, c, n);
+    for (int64_t n = r.n0; n < r.n1; ++n)
+      for (int64_t c = r.c0; c < r.c1; ++c) f((n * layout_.C + c) * layout_.S, layout_.S, c, n);
+  }
+
+  // Adds accumulators, tile[l] for channel l % C or one tile a channel, to one number a channel.
+  void fold(const acc_t* acc, int64_t tile, double* out) const {
+    if (layout_.columns) {
+      for (int64_t l = 0; l < period_; ++l) out[l % layout_.C] += acc[l];
+      return;
+    }
+    for (int64_t c = 0; c < width_; ++c)
+      for (int64_t l = 0; l < period_; ++l) out[c] += acc[c * tile + l];
+  }
+
+  // out[0 .. width): means of the task's channels; out[width ..): their sums of squared deviations.
+  void task_statistics(const T* x, int64_t task, double* out) const {
+    const Range r = range(task);
+    const int64_t size = period_ * tiles();
+    std::vector<acc_t> acc(size * 3);
+    acc_t *centre = acc.data(), *first = centre + size, *second = first + size;
+    pieces(task, false, [&](int64_t begin, int64_t n, int64_t c, int64_t) {
+      kernels_.sums(x + begin, n, first + (layout_.columns ? 0 : (c - r.c0) * period_), period_);
+    });
+    std::vector<double> total(width_), squares(width_);
+    fold(first, period_, total.data());
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t c = layout_.columns ? i % layout_.C : i / period_;
+      centre[i] = static_cast<acc_t>(total[c] / r.values);
+      first[i] = 0;
+    }
+    pieces(task, false, [&](int64_t begin, int64_t n, int64_t c, int64_t) {
+      const int64_t t = layout_.columns ? 0 : (c - r.c0) * period_;
+      kernels_.deviations(x + begin, n, centre + t, first + t, second + t, period_);
+    });
+    std::fill(total.begin(), total.end(), 0.0);
+    fold(first, period_, total.data());
+    fold(second, period_, squares.data());
+    for (int64_t c = 0; c < r.c1 - r.c0; ++c) {
+      // What rounding left between the centre and the mean is put right by the sum of the deviations.
+      const double off = total[c] / r.values;
+      out[c] = centre[layout_.columns ? c : c * period_] + off;
+      out[width_ + c] = squares[c] - off * total[c];
+    }
   }
 
   template <typename U>
@@ -226,47 +281,13 @@ class Mix {
     return buffer.data();
   }
 
-  // How many values of channel c a task has seen.
-  double values_of(int64_t task, int64_t c) const {
-    if (!layout_.columns) {
-      const int64_t first = (task - c * chunks_) * share_;
-      return static_cast<double>((std::min(first + share_, layout_.N) - first) * layout_.S);
-    }
-    return static_cast<double>((std::min((task + 1) * share_, layout_.elements()) - task * share_) / layout_.C);
-  }
-
-  void plane_task(const T* x, int64_t task, double* mean, double* m2) const {
-    double total = 0;
-    *mean = *m2 = 0;
-    pieces(task, [&](int64_t begin, int64_t n, int64_t, int64_t) {
-      double m, q;
-      if (n == 0) return;
-      kernels_.plane_statistics(x + begin, n, &m, &q);
-      merge_statistics(mean, m2, total, m, q, n);
-      total += n;
-    }, false);
-  }
-
-  void column_task(const T* x, int64_t task, double* mean, double* m2) const {
-    const int64_t begin = task * share_, n = std::min(begin + share_, layout_.elements()) - begin, C = layout_.C;
-    std::vector<double> position(2 * period_);
-    kernels_.column_statistics(x + begin, n, period_, position.data(), position.data() + period_);
-    std::vector<double> total(C);
-    for (int64_t c = 0; c < C; ++c) mean[c] = m2[c] = 0;
-    for (int64_t l = 0; l < period_; ++l) {
-      const double count = static_cast<double>(n / period_ + (l < n % period_ ? 1 : 0));
-      if (count == 0) continue;
-      merge_statistics(mean + l % C, m2 + l % C, total[l % C], position[l], position[period_ + l], count);
-      total[l % C] += count;
-    }
-  }
-
   Layout layout_;
   const RangeKernels<T>& kernels_;
   int64_t period_;
-  int64_t share_ = 1;   // columns: elements of a task; planes: slices of the batch
-  int64_t block_ = 0;   // columns: elements of a block that passes through a buffer
-  int64_t chunks_ = 1;  // planes: tasks of a channel
+  int64_t width_ = 1;   // channels of a task
+  int64_t share_ = 1;   // elements of a task (columns) or images
+  int64_t groups_ = 1;  // tasks an image's channels make
+  int64_t block_ = 0;   // elements of a block that passes through a buffer
   int64_t tasks_ = 0;
 };
 

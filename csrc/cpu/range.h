@@ -39,11 +39,11 @@ struct RangeKernels {
   void (*gradients)(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t n, const acc_t* a,
                     const acc_t* b, const acc_t* c, const acc_t* centre, int64_t L);
 
-  // Mean and sum of squared deviations of n elements.
-  void (*plane_statistics)(const T* x, int64_t n, double* mean, double* m2);
+  // sums[i % L] += x[i].
+  void (*sums)(const T* x, int64_t n, acc_t* sums, int64_t L);
 
-  // The same for each position i % L; position l has n / L elements, and one more where l < n % L.
-  void (*column_statistics)(const T* x, int64_t n, int64_t L, double* mean, double* m2);
+  // With d = x[i] - centre[i % L]: first[i % L] += d, second[i % L] += d * d.
+  void (*deviations)(const T* x, int64_t n, const acc_t* centre, acc_t* first, acc_t* second, int64_t L);
 };
 
 // The table for the instruction set torch runs with (ATEN_CPU_CAPABILITY lowers it).

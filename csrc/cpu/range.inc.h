@@ -3,8 +3,6 @@
 // a load of their coefficients.
 
 constexpr int kRows = 4;
-// Elements whose squared deviations are taken in a second look, while they are still in the first-level cache.
-constexpr int64_t kStatisticsBlock = 2048;
 
 template <typename T, int R>
 inline void combine_rows(const T* const* xs, int64_t K, T* y, int64_t at, const acc_type<T>* coef,
@@ -140,81 +138,63 @@ void gradients(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t
   }
 }
 
-template <typename T>
-inline double horizontal_sum(typename Lane<T>::V v) {
-  double sum = 0;
-  for (int i = 0; i < Lane<T>::kLanes; ++i) sum += v[i];
-  return sum;
-}
-
-template <typename T>
-void plane_statistics(const T* x, int64_t n, double* mean, double* m2) {
+template <typename T, int R>
+inline void sum_rows(const T* x, acc_type<T>* sums, int64_t L) {
   using Ln = Lane<T>;
-  using V = typename Ln::V;
-  constexpr int W = Ln::kLanes;
-  *mean = *m2 = 0;
-  for (int64_t begin = 0; begin < n; begin += kStatisticsBlock) {
-    const int64_t count = n - begin < kStatisticsBlock ? n - begin : kStatisticsBlock;
-    const T* p = x + begin;
-    const int64_t whole = count / W * W, fours = count / (4 * W) * (4 * W);
-    V s[4] = {};
-    for (int64_t i = 0; i < fours; i += 4 * W)
-      for (int u = 0; u < 4; ++u) s[u] += Ln::load(p + i + u * W);
-    for (int64_t i = fours; i < whole; i += W) s[0] += Ln::load(p + i);
-    if (whole < count) s[1] += load_first(p + whole, count - whole);
-    const double block_mean = horizontal_sum<T>((s[0] + s[1]) + (s[2] + s[3])) / count;
-    // Deviations from the rounded mean; what the rounding leaves is put right by the last line.
-    const acc_type<T> rounded = static_cast<acc_type<T>>(block_mean);
-    const V m = broadcast<T>(rounded);
-    V q[4] = {};
-    for (int64_t i = 0; i < fours; i += 4 * W)
-      for (int u = 0; u < 4; ++u) {
-        const V d = Ln::load(p + i + u * W) - m;
-        q[u] += d * d;
-      }
-    for (int64_t i = fours; i < whole; i += W) {
-      const V d = Ln::load(p + i) - m;
-      q[0] += d * d;
-    }
-    double squares = horizontal_sum<T>((q[0] + q[1]) + (q[2] + q[3]));
-    for (int64_t i = whole; i < count; ++i) {
-      const double d = static_cast<double>(to_acc(p[i])) - rounded;
-      squares += d * d;
-    }
-    const double off = block_mean - rounded;
-    merge_statistics(mean, m2, begin, block_mean, squares - off * off * count, count);
+  using A = Lane<acc_type<T>>;
+  for (int64_t v = 0; v < L; v += Ln::kLanes) {
+    typename Ln::V s = Ln::load(x + v);
+    for (int r = 1; r < R; ++r) s += Ln::load(x + v + r * L);
+    A::store(sums + v, A::load(sums + v) + s);
   }
 }
 
 template <typename T>
-void column_statistics(const T* x, int64_t n, int64_t L, double* mean, double* m2) {
+void sums(const T* x, int64_t n, acc_type<T>* sums, int64_t L) {
   using Ln = Lane<T>;
-  using V = typename Ln::V;
-  constexpr int W = Ln::kLanes;
-  const int64_t rows = n / L, tail = n % L;
-  const int64_t block = kStatisticsBlock / L > 1 ? kStatisticsBlock / L : 1;
-  for (int64_t l = 0; l < L; ++l) mean[l] = m2[l] = 0;
-  for (int64_t begin = 0; begin < rows; begin += block) {
-    const int64_t count = rows - begin < block ? rows - begin : block;
-    for (int64_t v = 0; v < L; v += W) {
-      const T* p = x + begin * L + v;
-      V s{}, q{};
-      for (int64_t r = 0; r < count; ++r) s += Ln::load(p + r * L);
-      const V m = s / broadcast<T>(static_cast<acc_type<T>>(count));
-      for (int64_t r = 0; r < count; ++r) {
-        const V d = Ln::load(p + r * L) - m;
-        q += d * d;
-      }
-      for (int i = 0; i < W; ++i) {
-        const double exact = static_cast<double>(s[i]) / count, off = exact - m[i];
-        merge_statistics(mean + v + i, m2 + v + i, begin, exact, q[i] - off * off * count, count);
-      }
+  using A = Lane<acc_type<T>>;
+  const int64_t rows = n / L;
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) sum_rows<T, kRows>(x + row * L, sums, L);
+  for (; row < rows; ++row) sum_rows<T, 1>(x + row * L, sums, L);
+  for (int64_t at = rows * L, v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes)
+    A::store(sums + v, A::load(sums + v) + load_first(x + at, n - at < Ln::kLanes ? n - at : Ln::kLanes));
+}
+
+template <typename T, int R>
+inline void deviation_rows(const T* x, const acc_type<T>* centre, acc_type<T>* first, acc_type<T>* second,
+                           int64_t L) {
+  using Ln = Lane<T>;
+  using A = Lane<acc_type<T>>;
+  for (int64_t v = 0; v < L; v += Ln::kLanes) {
+    const typename Ln::V m = A::load(centre + v);
+    typename Ln::V s{}, q{};
+    for (int r = 0; r < R; ++r) {
+      const typename Ln::V d = Ln::load(x + v + r * L) - m;
+      s += d;
+      q += d * d;
     }
+    A::store(first + v, A::load(first + v) + s);
+    A::store(second + v, A::load(second + v) + q);
   }
-  for (int64_t l = 0; l < tail; ++l) merge_statistics(mean + l, m2 + l, rows, to_acc(x[rows * L + l]), 0, 1);
+}
+
+template <typename T>
+void deviations(const T* x, int64_t n, const acc_type<T>* centre, acc_type<T>* first, acc_type<T>* second,
+                int64_t L) {
+  const int64_t rows = n / L;
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) deviation_rows<T, kRows>(x + row * L, centre, first, second, L);
+  for (; row < rows; ++row) deviation_rows<T, 1>(x + row * L, centre, first, second, L);
+  // One by one: lanes past the end would count as deviations of -centre.
+  for (int64_t i = rows * L; i < n; ++i) {
+    const acc_type<T> d = to_acc(x[i]) - centre[i - rows * L];
+    first[i - rows * L] += d;
+    second[i - rows * L] += d * d;
+  }
 }
 
 template <typename T>
 constexpr RangeKernels<T> kRangeKernels = {
-    Lane<T>::kLanes, combine<T>, reduce<T>, gradients<T>, plane_statistics<T>, column_statistics<T>,
+    Lane<T>::kLanes, combine<T>, reduce<T>, gradients<T>, sums<T>, deviations<T>,
 };
