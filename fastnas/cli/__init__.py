@@ -7,6 +7,7 @@ What a command needs is imported when that command runs, so ``fastnas --help`` a
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -26,7 +27,7 @@ _COMMANDS = (
 )
 
 _EXIT_USAGE = 2
-_EXIT_INTERRUPTED = 130
+_EXIT_SIGNAL = 128
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``fastnas``; default: those of this process.
 
     Returns:
-        The exit code: 0; 2 after a mistake of the user, told in one sentence; 130 after Ctrl-C.
+        The exit code: 0; 2 after a mistake of the user, told in one sentence; 130 after Ctrl-C, 143 after SIGTERM.
         With FASTNAS_DEBUG=1 in the environment mistakes raise instead, with their traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -61,11 +62,11 @@ def _run(module: str, words: list[str]) -> int:
         return import_module(module).main(words)
     except SystemExit as end:  # of the option parser, which has said what it had to say
         return end.code if isinstance(end.code, int) else _EXIT_USAGE
-    except KeyboardInterrupt:
-        if _debugging():
-            raise
-        _say_error("Interrupted.")
-        return _EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        # A run that was stopped tells its signal, and how to go on.
+        number = getattr(stop, "signal", signal.SIGINT)
+        _say_error(str(stop) or "interrupted", style="bold yellow")
+        return _EXIT_SIGNAL + number
     except BrokenPipeError:  # the reader (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -99,10 +100,10 @@ def _debugging() -> bool:
     return os.environ.get("FASTNAS_DEBUG", "") not in ("", "0")
 
 
-def _say_error(text: str) -> None:
+def _say_error(text: str, style: str = "bold red") -> None:
     from fastnas.cli.terminal import error_console
 
-    error_console().print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    error_console().print(text, style=style, markup=False)
 
 
 def _help() -> str:
