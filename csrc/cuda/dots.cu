@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// Parts of sum g and sum g (x_k - centre_k) of every channel: what the gradients of weights, of BatchNorms and of gates
+// are made of. Moves (1 + K) * sizeof(T) bytes an element for K <= kDotSlice.
+// Operands dense, planes or columns (plan.h); g dense or a slot.
+#include "mix.h"
+#include "reduce.cuh"
+#include "walk.cuh"
+
+namespace fastnas::cuda {
+
+namespace {
+
+// Operands whose vectors a thread loads before it uses the first; unpacked 16-bit ones take twice the registers.
+template <int V>
+constexpr int kBatchOf = V == 8 ? 2 : 4;
+
+// grid: x parts of every channel (planes) or of every chunk of lanes (columns), y slices of operands.
+template <typename T, int V, bool kColumns>
+__global__ void __launch_bounds__(kThreads, 2)
+    dots_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Dots args) {
+  using A = acc_type<T>;
+  constexpr int kWidth = kColumns ? V : 1, kBatch = kBatchOf<V>;
+  const int first_operand = static_cast<int>(blockIdx.y) * kDotSlice;
+  const int64_t side = blockIdx.x / static_cast<unsigned>(plan.parts),
+                part = blockIdx.x - side * plan.parts;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int row = kColumns ? thread / plan.lanes : thread, rows = kColumns ? plan.rows : kThreads;
+  const int64_t lane = kColumns ? side * plan.lanes + thread - row * plan.lanes : 0;
+  const bool works = row < rows && lane < plan.row;
+  const int64_t first = part * plan.share + row, last = first - row + plan.share;
+  const A* centre = static_cast<const A*>(args.centre);
+
+  A plane_centre[kDotSlice];
+#pragma unroll
+  for (int j = 0; j < kDotSlice; ++j) {
+    const int k = first_operand + j;
+    plane_centre[j] = !kColumns && centre && k < args.K ? centre[k * plan.period + side] : A{0};
+  }
+
+  A acc[(kDotSlice + 1) * kWidth];
+#pragma unroll
+  for (int i = 0; i < (kDotSlice + 1) * kWidth; ++i) acc[i] = 0;
+  const auto add = [&](const Place& at) {
+    const Vec<T, V> loaded =
+        load_strided<T, V>(static_cast<const T*>(args.g) + at.slot, kColumns ? args.step : 1);
+    A g[V];
+#pragma unroll
+    for (int first_of_batch = 0; first_of_batch < kDotSlice; first_of_batch += kBatch) {
+      Vec<T, V> x[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int k = first_operand + first_of_batch + b;
+        if (k < args.K && args.xs[k]) x[b] = load<T, V>(static_cast<const T*>(args.xs[k]) + at.at);
+      }
+      if (first_of_batch == 0) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          g[i] = to_acc(loaded.v[i]);
+          acc[i % kWidth] += g[i];
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int j = first_of_batch + b, k = first_operand + j;
+        if (k >= args.K || !args.xs[k]) continue;
+        A m[V];
+#pragma unroll
+        for (int i = 0; i < V; ++i) m[i] = plane_centre[j];
+        if (kColumns && centre) load_entries<V, kColumns>(m, centre + k * plan.period + at.entry);
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+          acc[(1 + j) * kWidth + i % kWidth] += g[i] * (to_acc(x[b].v[i]) - m[i]);
+      }
+    }
+  };
+  if constexpr (kColumns) {
+    if (works) {
+      for (int64_t r = first; r < last; r += rows) {
+        const int64_t vector = r * plan.row + lane;
+        if (vector >= plan.vectors) break;
+        add(place_of<V, kColumns>(plan, vector, lane, args.step));
+      }
+    }
+  } else {
+    const int64_t end = plan.N * plan.row;
+    for (int64_t q = first; q < last; q += rows) {
+      if (q >= end) break;
+      const int64_t n = plan.by_row.quotient(q), plane = n * plan.C + side,
+                    within = (q - n * plan.row) * V;
+      add({plane * plan.S + within, plane * args.step * plan.S + within, side});
+    }
+  }
+
+  sum_over_rows(acc, row, rows, kColumns ? plan.lanes : 1);
+  if (row != 0 || !works) return;
+  A* partial = static_cast<A*>(args.partial);
+#pragma unroll
+  for (int j = 0; j <= kDotSlice; ++j) {
+    if (j == 0 ? blockIdx.y != 0 : first_operand + j > args.K) continue;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const int64_t entry = kColumns ? lane * V + i : side, sum = j == 0 ? 0 : first_operand + j;
+      partial[(sum * plan.period + entry) * plan.parts + part] = acc[j * kWidth + i];
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_dots(const Plan& plan, const Dots& args, cudaStream_t stream) {
+  if (plan.elements == 0) return cudaSuccess;
+  return with_plan(plan, [&](auto type, auto vector, auto columns) {
+    constexpr bool kColumns = decltype(columns)::value;
+    const auto kernel =
+        dots_kernel<typename decltype(type)::type, decltype(vector)::value, kColumns>;
+    const int64_t blocks = plan.parts * (kColumns ? plan.chunks : plan.C);
+    const unsigned slices = static_cast<unsigned>(args.K > 0 ? ceil_div(args.K, kDotSlice) : 1);
+    FASTNAS_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks), slices), plan.threads(), stream,
+                   plan, args);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace fastnas::cuda

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// Storage types, 16-byte vectors of them, and the accumulator type sums are taken in.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.cuh"
+
+namespace fastnas::cuda {
+
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <typename T>
+using acc_type = typename Accumulate<T>::type;
+
+__device__ inline float to_acc(float x) { return x; }
+__device__ inline double to_acc(double x) { return x; }
+__device__ inline float to_acc(__half x) { return __half2float(x); }
+__device__ inline float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ inline T from_acc(acc_type<T> x) {
+  return x;
+}
+template <>
+__device__ inline __half from_acc<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// V elements that move in one instruction when V * sizeof(T) is 16.
+template <typename T, int V>
+struct alignas(V * sizeof(T)) Vec {
+  T v[V];
+};
+
+template <typename T, int V>
+__device__ inline Vec<T, V> load(const T* p) {
+  return *reinterpret_cast<const Vec<T, V>*>(p);
+}
+
+template <typename T, int V>
+__device__ inline void store(T* p, const acc_type<T> (&x)[V]) {
+  Vec<T, V> out;
+#pragma unroll
+  for (int i = 0; i < V; ++i) out.v[i] = from_acc<T>(x[i]);
+  *reinterpret_cast<Vec<T, V>*>(p) = out;
+}
+
+// V elements `stride` apart: one vector if they are neighbours.
+template <typename T, int V>
+__device__ inline Vec<T, V> load_strided(const T* p, int64_t stride) {
+  if (stride == 1) return load<T, V>(p);
+  Vec<T, V> out;
+#pragma unroll
+  for (int i = 0; i < V; ++i) out.v[i] = p[i * stride];
+  return out;
+}
+
+template <typename T, int V>
+__device__ inline void store_strided(T* p, const acc_type<T> (&x)[V], int64_t stride) {
+  if (stride == 1) {
+    store<T, V>(p, x);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i) p[i * stride] = from_acc<T>(x[i]);
+}
+
+// V entries of a coefficient table: neighbours in columns, one and the same in planes.
+template <int V, bool kColumns, typename A>
+__device__ inline void load_entries(A (&out)[V], const A* p) {
+  if constexpr (kColumns && V > 1) {
+    constexpr int kStep = 16 / sizeof(A) < V ? 16 / sizeof(A) : V;
+#pragma unroll
+    for (int i = 0; i < V; i += kStep) {
+      const Vec<A, kStep> part = load<A, kStep>(p + i);
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) out[i + j] = part.v[j];
+    }
+  } else {
+    const A a = *p;
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[i] = a;
+  }
+}
+
+// The storage type of a dtype, and the vector width and layout of a plan, as compile-time constants.
+template <typename F>
+cudaError_t with_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kFloat:
+      return f(Type<float>{});
+    case Dtype::kDouble:
+      return f(Type<double>{});
+    case Dtype::kHalf:
+      return f(Type<__half>{});
+    case Dtype::kBFloat16:
+      return f(Type<__nv_bfloat16>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <typename F>
+cudaError_t with_plan(const Plan& plan, F&& f) {
+  return with_type(plan.dtype, [&](auto type) {
+    constexpr int kWide = 16 / static_cast<int>(sizeof(typename decltype(type)::type));
+    if (plan.vector == 1)
+      return plan.columns ? f(type, Int<1>{}, Int<1>{}) : f(type, Int<1>{}, Int<0>{});
+    return plan.columns ? f(type, Int<kWide>{}, Int<1>{}) : f(type, Int<kWide>{}, Int<0>{});
+  });
+}
+
+}  // namespace fastnas::cuda
