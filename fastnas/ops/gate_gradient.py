@@ -37,6 +37,8 @@ def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: 
         raise TypeError(
             f"gate_gradient: expected floating-point grad_output, but got {grad_output.dtype}"
         )
+    if isinstance(outputs, Tensor):
+        raise TypeError("gate_gradient: expected outputs to be a list of tensors, but got a tensor")
     filled = [grad_output if o is None else o for o in outputs]
     check_candidates("gate_gradient", filled, "outputs")
     if filled[0].shape != grad_output.shape or filled[0].device != grad_output.device:

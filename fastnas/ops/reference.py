@@ -148,7 +148,8 @@ def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: 
     Returns:
         ``(K,)`` in the dtype of ``probs``.
     """
-    acc = accumulate_dtype(grad_output.dtype)
+    given = [o for o in outputs if o is not None]
+    acc = accumulate_dtype(result_dtype([grad_output, *given]))
     g = grad_output.to(acc)
     dots = [probs.new_zeros((), dtype=acc) if o is None else (g * o.to(acc)).sum() for o in outputs]
     big_g, p = torch.stack(dots), probs.to(acc)
