@@ -26,7 +26,10 @@ from fastnas.search.files import write_atomic
 _FORMAT = 1
 
 # What torch.load raises for a truncated or foreign file.
-_UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError)
+_UNREADABLE = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, OSError),
+    *(ValueError, KeyError, TypeError),
+)
 
 
 class CheckpointError(RuntimeError):
@@ -66,13 +69,15 @@ def load_checkpoint(
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such checkpoint")
-    try:
-        content = torch.load(source, map_location=map_location, weights_only=True)
-    except _UNREADABLE as error:
-        raise CheckpointError(
-            f"{source}: expected a checkpoint of fastnas, but it is truncated or something else "
-            f"({type(error).__name__})"
-        ) from error
+    # Opened here, so that a file that may not be read is told from one that makes no sense.
+    with open(source, "rb") as file:
+        try:
+            content = torch.load(file, map_location=map_location, weights_only=True)
+        except _UNREADABLE as error:
+            raise CheckpointError(
+                f"{source}: expected a checkpoint of fastnas, but it is truncated or something "
+                f"else ({type(error).__name__})"
+            ) from error
     if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
         raise CheckpointError(
             f"{source}: expected a checkpoint of fastnas, but it is something else"

@@ -176,13 +176,13 @@ class Search:
             self._train.add(outcome, self.step)
             if arch_outcome is not None:
                 self._arch.add(arch_outcome, self.step)
-            if self.step % config.log_every == 0 or self.step == self.steps_per_epoch:
-                self._check_finite()
-                self.progress.step(self._report("train", self._train, lr))
             now = time.perf_counter()
             self._pace.add(not frozen, now - clock)
             self._seconds += now - clock
             clock = now
+            if self.step % config.log_every == 0 or self.step == self.steps_per_epoch:
+                self._check_finite()
+                self.progress.step(self._report("train", self._train, lr))
             self._obey(interrupts)
         val = self._validate(interrupts, lr)
         self._seconds += time.perf_counter() - clock
