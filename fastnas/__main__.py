@@ -24,7 +24,8 @@ def _optional(distribution: str) -> str:
 def _cuda_kernels() -> str:
     if not _extension.CUDA_VERSION:
         return f"not built: {_extension.CUDA_MISSING_REASON}"
-    return f"CUDA {_extension.CUDA_VERSION}, compute capability {_extension.CUDA_ARCHS}"
+    archs = _extension.CUDA_ARCHS.replace(";", " ").replace("+", " + ")
+    return f"built for CUDA {_extension.CUDA_VERSION}, compute capability {archs}"
 
 
 def _cuda_devices() -> list[tuple[str, str]]:
