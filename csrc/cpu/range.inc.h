@@ -28,11 +28,10 @@ void combine(const T* const* xs, int64_t K, T* y, int64_t n, const acc_type<T>* 
              int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
-  const int64_t rows = n / L;
-  int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) combine_rows<T, kRows>(xs, K, y, row * L, coef, bias, L);
-  for (; row < rows; ++row) combine_rows<T, 1>(xs, K, y, row * L, coef, bias, L);
-  for (int64_t at = rows * L, v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes) {
+  int64_t at = 0;  // no division: a plane may be as short as a vector, and there are thousands of them
+  for (; n - at >= kRows * L; at += kRows * L) combine_rows<T, kRows>(xs, K, y, at, coef, bias, L);
+  for (; n - at >= L; at += L) combine_rows<T, 1>(xs, K, y, at, coef, bias, L);
+  for (int64_t v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes) {
     const int64_t m = n - at < Ln::kLanes ? n - at : Ln::kLanes;
     typename Ln::V sum{};
     if (bias) sum = A::load(bias + v);
@@ -72,11 +71,10 @@ void reduce(const T* g, const T* const* xs, int64_t K, int64_t n, const acc_type
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
-  const int64_t rows = n / L;
-  int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) reduce_rows<T, kRows>(g, xs, K, row * L, centre, sums, dots, L);
-  for (; row < rows; ++row) reduce_rows<T, 1>(g, xs, K, row * L, centre, sums, dots, L);
-  for (int64_t at = rows * L, v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes) {
+  int64_t at = 0;
+  for (; n - at >= kRows * L; at += kRows * L) reduce_rows<T, kRows>(g, xs, K, at, centre, sums, dots, L);
+  for (; n - at >= L; at += L) reduce_rows<T, 1>(g, xs, K, at, centre, sums, dots, L);
+  for (int64_t v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes) {
     const int64_t m = n - at < Ln::kLanes ? n - at : Ln::kLanes;
     const V gv = load_first(g + at, m);  // zero past the end, so those lanes add nothing
     if (sums) A::store(sums + v, A::load(sums + v) + gv);
@@ -119,11 +117,10 @@ void gradients(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
-  const int64_t rows = n / L;
-  int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) gradient_rows<T, kRows>(g, xs, dxs, K, row * L, a, b, c, centre, L);
-  for (; row < rows; ++row) gradient_rows<T, 1>(g, xs, dxs, K, row * L, a, b, c, centre, L);
-  for (int64_t at = rows * L, v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes) {
+  int64_t at = 0;
+  for (; n - at >= kRows * L; at += kRows * L) gradient_rows<T, kRows>(g, xs, dxs, K, at, a, b, c, centre, L);
+  for (; n - at >= L; at += L) gradient_rows<T, 1>(g, xs, dxs, K, at, a, b, c, centre, L);
+  for (int64_t v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes) {
     const int64_t m = n - at < Ln::kLanes ? n - at : Ln::kLanes;
     const V gv = load_first(g + at, m);
     for (int64_t k = 0; k < K; ++k) {
@@ -153,11 +150,10 @@ template <typename T>
 void sums(const T* x, int64_t n, acc_type<T>* sums, int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
-  const int64_t rows = n / L;
-  int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) sum_rows<T, kRows>(x + row * L, sums, L);
-  for (; row < rows; ++row) sum_rows<T, 1>(x + row * L, sums, L);
-  for (int64_t at = rows * L, v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes)
+  int64_t at = 0;
+  for (; n - at >= kRows * L; at += kRows * L) sum_rows<T, kRows>(x + at, sums, L);
+  for (; n - at >= L; at += L) sum_rows<T, 1>(x + at, sums, L);
+  for (int64_t v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes)
     A::store(sums + v, A::load(sums + v) + load_first(x + at, n - at < Ln::kLanes ? n - at : Ln::kLanes));
 }
 
@@ -182,15 +178,14 @@ inline void deviation_rows(const T* x, const acc_type<T>* centre, acc_type<T>* f
 template <typename T>
 void deviations(const T* x, int64_t n, const acc_type<T>* centre, acc_type<T>* first, acc_type<T>* second,
                 int64_t L) {
-  const int64_t rows = n / L;
-  int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) deviation_rows<T, kRows>(x + row * L, centre, first, second, L);
-  for (; row < rows; ++row) deviation_rows<T, 1>(x + row * L, centre, first, second, L);
+  int64_t at = 0;
+  for (; n - at >= kRows * L; at += kRows * L) deviation_rows<T, kRows>(x + at, centre, first, second, L);
+  for (; n - at >= L; at += L) deviation_rows<T, 1>(x + at, centre, first, second, L);
   // One by one: lanes past the end would count as deviations of -centre.
-  for (int64_t i = rows * L; i < n; ++i) {
-    const acc_type<T> d = to_acc(x[i]) - centre[i - rows * L];
-    first[i - rows * L] += d;
-    second[i - rows * L] += d * d;
+  for (int64_t v = 0; at < n; ++at, ++v) {
+    const acc_type<T> d = to_acc(x[at]) - centre[v];
+    first[v] += d;
+    second[v] += d * d;
   }
 }
 

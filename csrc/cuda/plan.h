@@ -72,7 +72,7 @@ struct Plan {
       share;  // reductions: parts of `share` vectors of a channel, or in columns of `share` rows
   Divider by_row, by_channel;
 
-  int64_t values() const { return N * S; }  // per channel
+  FASTNAS_HOST_DEVICE int64_t values() const { return N * S; }  // per channel
   int64_t column_rows() const { return ceil_div(vectors, row); }
   int threads() const {
     return columns ? static_cast<int>(ceil_div(int64_t{rows} * lanes, 32) * 32) : kThreads;
