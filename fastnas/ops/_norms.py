@@ -109,14 +109,14 @@ def update_running_statistics(
         var: ``(K, C)`` biased batch variances; the running one takes the unbiased.
         count: values per channel.
     """
-    counters = [norms[k].num_batches_tracked for k in updates]
-    counters = [counter for counter in counters if counter is not None]
+    updated: list[Any] = [norms[k] for k in updates]  # all keep statistics: see gather_norms
+    counters = [n.num_batches_tracked for n in updated if n.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)
     if not updates or count == 0:  # an empty batch is counted, and leaves no statistics
         return
     unbiased = var * (count / (count - 1))
-    used = [(norms[k], mean[k], unbiased[k]) for k in updates]
+    used = [(norm, mean[k], unbiased[k]) for norm, k in zip(updated, updates, strict=True)]
     momentum = {n.momentum for n, _, _ in used}
     dtypes = {n.running_mean.dtype for n, _, _ in used}
     if len(momentum) == 1 and dtypes == {mean.dtype} and (m := momentum.pop()) is not None:

@@ -162,16 +162,16 @@ class PartialChannelMix(torch.autograd.Function):
         if torch.is_grad_enabled() or not has_kernels(grad.device.type):
 
             def stand_in(x: Tensor, shape: torch.Size) -> Tensor:
-                return x if x.shape == shape else grad.new_zeros((), dtype=x.dtype).expand(shape)
+                return x if x.shape == shape else x.new_zeros(()).expand(shape)
 
             xs = [stand_in(x, ctx.mixed_shape) for x in tensors[:n]]
-            grads = differentiate(
+            composite = differentiate(
                 lambda r, w, *t: _join(k, kinds, eps, affine, r, w, t)[0],
                 (stand_in(rest, rest_shape), weights, *xs, *tensors[n:]),
                 (need_rest, need_w, *need),
                 grad,
             )
-            return (None, None, None, None, *grads)
+            return (None, None, None, None, *composite)
         xs, gammas, betas, *_ = split_tensors(kinds, affine, tensors)
         grad = grad.contiguous(memory_format=ctx.format)
         drest, dxs, dw, dgamma, dbeta = torch.ops.fastnas.partial_channel_mix_backward(
