@@ -102,8 +102,9 @@ def accelerate(model: nn.Module) -> Report:
     zeros among them (a mixed op that skips candidates of weight zero is replaced by one that does).
 
     The proof runs in deep copies in float64; the model's state and the random generators stay as
-    they are. Python references to a replaced module other than its place in the tree keep the
-    original, which works on the same parameters.
+    they are. It holds for what a mixed op and its candidates are today: a ``forward`` that asks a
+    global variable is not seen through. Python references to a replaced module other than its
+    place in the tree keep the original, which works on the same parameters.
 
     Args:
         model: any module; mixed ops are looked for at every depth.

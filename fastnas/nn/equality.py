@@ -29,6 +29,7 @@ _FOREIGN = (
 )
 # Settings of the published mixed ops that are fixed when the edge is built.
 _FIXED = frozenset({"_ops", "mp", "k", "training", "stride", "C"})
+_EVERY_MODULE_HAS = frozenset(vars(nn.Module()))
 _SEED = 20190501
 # Not square: an op that confuses height with width shows itself.
 _BATCH, _HEIGHT, _WIDTH = 3, 8, 6
@@ -86,7 +87,7 @@ def form_of(module: nn.Module) -> object:
 
 def _settings(module: nn.Module) -> Iterator[tuple[str, str]]:
     for name, value in vars(module).items():
-        if name not in vars(nn.Module()):
+        if name not in _EVERY_MODULE_HAS:
             plain = isinstance(value, (bool, int, float, str, tuple, type(None)))
             yield name, repr(value) if plain else str(id(value))
 
@@ -318,7 +319,7 @@ def _reads(module: nn.Module) -> set[str]:
     """
     classes = [c for c in type(module).__mro__ if c not in nn.Module.__mro__]
     used: set[str] = set()
-    settings = {n for n in vars(module) if n not in vars(nn.Module())} | set(module._modules)
+    settings = set(vars(module)) - _EVERY_MODULE_HAS | set(module._modules)
     for cls in classes:
         for name, value in vars(cls).items():
             function = getattr(value, "__func__", value)

@@ -71,8 +71,8 @@ class MixedOp(nn.Module):
 
     Takes the place of the mixed op of a DARTS code base: the candidates live in ``_ops`` under the
     published names, so state dicts load both ways, strictly. The BatchNorms that candidates end in
-    and the weighted sum are one fused call; ``none`` is not evaluated, though its weight gets its
-    gradient (zero) if another candidate is there to give the shape.
+    and the weighted sum are one fused call; ``none`` is not evaluated, but its weight gets its
+    gradient, zero.
 
     Two things differ from the published loop. A NaN or infinity in ``x`` does not come out of
     ``none``. And a wrong number of weights is an error, where ``zip`` drops what is left over.
@@ -268,7 +268,12 @@ class MixedOp(nn.Module):
 def _select(weights: Weights, used: Sequence[int]) -> Weights:
     """The weights at ``used`` (ascending); views where that is possible, and no index tensor."""
     if not isinstance(weights, Tensor):
-        return [weights[k] for k in used]
+        left_out = [w for k, w in enumerate(weights) if k not in used]
+        asking = [w for w in left_out if isinstance(w, Tensor) and w.requires_grad]
+        if not asking:
+            return [weights[k] for k in used]
+        # Cutting them out of one tensor is what gives those left out their gradient of zero.
+        weights = torch.stack([torch.as_tensor(w).to(asking[0]).reshape(()) for w in weights])
     runs = [weights[start:stop] for start, stop in _runs(used)]
     return runs[0] if len(runs) == 1 else torch.cat(runs)
 
