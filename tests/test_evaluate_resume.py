@@ -17,7 +17,7 @@ from search_tiny import images
 from test_evaluate_train import config
 
 from fastnas.evaluate import Evaluation, Progress
-from fastnas.search import CheckpointError, SearchInterrupted, load_checkpoint
+from fastnas.search import CheckpointError, RunInterrupted, load_checkpoint
 from fastnas.search.files import read_json, read_jsonl
 from fastnas.spaces.darts import GENOTYPES
 
@@ -107,7 +107,7 @@ def assert_same_run(wanted: Path, found: Path) -> None:
 def test_signal_saves_and_the_run_goes_on(whole, tmp_path, reports, number):
     out = tmp_path / "run"
     torch.rand(reports)  # what the caller draws must not matter
-    with pytest.raises(SearchInterrupted) as stopped:
+    with pytest.raises(RunInterrupted) as stopped:
         run(out, Signal(reports, number))
     assert stopped.value.signal == number
     assert f"go on with: fastnas eval --resume --out {out}" in str(stopped.value)
@@ -127,7 +127,7 @@ def test_crash_goes_on_from_the_last_epoch(whole, tmp_path, reports):
 
 def test_lost_and_half_written_metrics_come_back(whole, tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(SearchInterrupted):
+    with pytest.raises(RunInterrupted):
         run(out, Signal(2 * (STEPS + 1) + 2))
     text = (out / "metrics.jsonl").read_text()
     (out / "metrics.jsonl").write_text(text[: len(text) // 2])
@@ -168,7 +168,7 @@ def test_sigkill(whole, tmp_path):
 
 def test_another_configuration_is_refused(tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(SearchInterrupted):
+    with pytest.raises(RunInterrupted):
         run(out, Signal(1))
     with pytest.raises(ValueError, match=r"was begun with lr=0\.05, not 0\.1: continue it with"):
         evaluation(out, resume=True, lr=0.1)
@@ -177,7 +177,7 @@ def test_another_configuration_is_refused(tmp_path):
 def test_another_genotype_is_refused(tmp_path):
     out, file = tmp_path / "run", tmp_path / "genotype.json"
     file.write_text(GENOTYPES["DARTS_V1"].to_json())
-    with pytest.raises(SearchInterrupted):
+    with pytest.raises(RunInterrupted):
         run(out, Signal(1), source=str(file))
     file.write_text(GENOTYPES["DARTS_V2"].to_json())
     with pytest.raises(CheckpointError, match="another genotype"):
@@ -186,7 +186,7 @@ def test_another_genotype_is_refused(tmp_path):
 
 def test_other_data_are_refused(tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(SearchInterrupted):
+    with pytest.raises(RunInterrupted):
         run(out, Signal(1))
     fields = config(out=str(out), epochs=EPOCHS, label_smoothing=0.1, resume=True)
     with pytest.raises(CheckpointError, match="other data"):
@@ -195,7 +195,7 @@ def test_other_data_are_refused(tmp_path):
 
 def test_damaged_checkpoint(tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(SearchInterrupted):
+    with pytest.raises(RunInterrupted):
         run(out, Signal(1))
     whole_file = (out / "checkpoint.pt").read_bytes()
     (out / "checkpoint.pt").write_bytes(whole_file[: len(whole_file) // 2])

@@ -20,9 +20,9 @@ from fastnas.search import (
     CheckpointError,
     NonFiniteLossError,
     Progress,
+    RunInterrupted,
     Search,
     SearchConfig,
-    SearchInterrupted,
     TextProgress,
     learning_rate,
     load_checkpoint,
@@ -357,7 +357,7 @@ def test_a_signal_stops_between_iterations(
     whole = run(config("pc_darts", epochs=3, validate="every"))
     settings = config("pc_darts", epochs=3, validate="every", out=str(tmp_path / "r"))
     trouble = Trouble(at, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(SearchInterrupted) as info:
+    with pytest.raises(RunInterrupted) as info:
         Search(settings, data=images(), progress=trouble).run()
     assert info.value.signal == number
     epoch, step = at[1], 3 if at[0] == "validation" else at[2]
@@ -380,7 +380,7 @@ def test_a_second_signal_is_obeyed_at_once() -> None:
     search = Search(config(), data=images(), progress=Trouble(("train", 1, 1), twice))
     with pytest.raises(KeyboardInterrupt) as info:
         search.run()
-    assert not isinstance(info.value, SearchInterrupted)
+    assert not isinstance(info.value, RunInterrupted)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

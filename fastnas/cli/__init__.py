@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``fastnas``; default: those of this process.
 
     Returns:
-        The exit code: 0; 2 after a mistake of the user, told in one sentence; 130 after Ctrl-C, 143 after SIGTERM.
-        With FASTNAS_DEBUG=1 in the environment mistakes raise instead, with their traceback.
+        The exit code: 0; 2 after a mistake of the user, told in one sentence; 130 after Ctrl-C,
+        143 after SIGTERM. With FASTNAS_DEBUG=1 in the environment mistakes raise instead, with
+        their traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):

@@ -47,9 +47,8 @@ class _Bar:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[numbers]}"),
             TextColumn("{task.fields[left]}", style="cyan"),
-            TextColumn("{task.fields[numbers]}"),
             console=target,
         )
         self._task = self._bar.add_task("starting", total=None, left="", numbers="")
@@ -69,8 +68,7 @@ class _Bar:
 
     def step(self, report: StepReport) -> None:
         testing = report.phase == "validation"
-        per_epoch = report.steps if not testing else 1
-        done = (report.epoch - 1) + (1.0 if testing else report.step / per_epoch)
+        done = report.epoch if testing else report.epoch - 1 + report.step / report.steps
         numbers = f"testing {report.step}/{report.steps}  " if testing else ""
         self._bar.update(
             self._task,

@@ -15,9 +15,10 @@ from fastnas.search.checkpoint import (
 )
 from fastnas.search.config import PRESETS, SearchConfig, preset_config
 from fastnas.search.files import RunDirectory
-from fastnas.search.interrupts import SearchInterrupted
-from fastnas.search.loop import NonFiniteLossError, Search, SearchResult
+from fastnas.search.interrupts import RunInterrupted
+from fastnas.search.loop import Search, SearchResult
 from fastnas.search.progress import Progress, StepReport, TextProgress
+from fastnas.search.resumable import NonFiniteLossError
 from fastnas.search.schedule import learning_rate
 
 __all__ = [
@@ -27,9 +28,9 @@ __all__ = [
     "Progress",
     "RandomState",
     "RunDirectory",
+    "RunInterrupted",
     "Search",
     "SearchConfig",
-    "SearchInterrupted",
     "SearchResult",
     "StepReport",
     "TextProgress",

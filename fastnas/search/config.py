@@ -18,6 +18,7 @@ import torch
 from fastnas.data import DEFAULT, Augment
 from fastnas.methods import METHODS, MethodOptions
 from fastnas.search.fields import from_dict, to_dict
+from fastnas.search.runtime import resolve_device
 from fastnas.spaces import get_space
 
 
@@ -137,24 +138,8 @@ class SearchConfig:
             raise ValueError("resume: expected a folder in out, but got none")
 
     def torch_device(self) -> torch.device:
-        """The device that ``device`` names.
-
-        Raises:
-            ValueError: PyTorch does not know it, or there is none on this machine.
-        """
-        name = self.device
-        if name == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise ValueError(f"device: expected cpu, cuda or auto, but got {name!r}") from None
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"device: expected one that is there, but got {name!r} and PyTorch sees "
-                f"{torch.cuda.device_count()} CUDA devices"
-            )
-        return device
+        """The device that ``device`` names; ValueError if there is none."""
+        return resolve_device(self.device)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
@@ -257,14 +242,6 @@ def method_class(name: str) -> Any:
     if name not in METHODS:
         raise ValueError(f"method: unknown name {name!r}, known are {', '.join(METHODS)}")
     return METHODS[name]
-
-
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """The first field in which two searches differ, as ``name=old, not new``."""
-    for name in new:
-        if name not in RUNTIME_FIELDS and old.get(name) != new[name]:
-            return f"{name}={old.get(name)!r}, not {new[name]!r}"
-    return None
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
-class SearchInterrupted(KeyboardInterrupt):
+class RunInterrupted(KeyboardInterrupt):
     """The run was stopped by a signal after writing its checkpoint.
 
     Attributes:

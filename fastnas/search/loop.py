@@ -21,21 +21,16 @@ from fastnas.data import load
 from fastnas.data.interface import Data
 from fastnas.methods import ArchParameters, Method, Moment, Phase
 from fastnas.search.assembly import build_halves, build_learner
-from fastnas.search.checkpoint import CheckpointError, RandomState, load_checkpoint, save_checkpoint
-from fastnas.search.config import SearchConfig, difference
-from fastnas.search.files import RunDirectory, read_json, write_text
-from fastnas.search.interrupts import Interrupts, SearchInterrupted
+from fastnas.search.checkpoint import RandomState
+from fastnas.search.config import RUNTIME_FIELDS, SearchConfig
+from fastnas.search.files import write_text
+from fastnas.search.interrupts import Interrupts
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.progress import Progress, StepReport, TextProgress
+from fastnas.search.resumable import Resumable, data_identity
 from fastnas.search.runtime import runtime
 from fastnas.search.schedule import learning_rate
 from fastnas.spaces import get_space
-
-_KIND = "search"
-
-
-class NonFiniteLossError(FloatingPointError):
-    """A loss became NaN or infinite; the last checkpoint is from before that."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class SearchResult:
     path: Path | None
 
 
-class Search:
+class Search(Resumable):
     """A bilevel search: weights on one part of the training images, architecture on another.
 
     Args:
@@ -77,14 +72,17 @@ class Search:
         CheckpointError: the checkpoint is damaged or of another search.
     """
 
+    kind = "search"
+    runtime_fields = RUNTIME_FIELDS
+
     def __init__(
         self, config: SearchConfig, *, data: Data | None = None, progress: Progress | None = None
     ) -> None:
         self.config = config
         self.device = config.torch_device()
         self.progress = TextProgress() if progress is None else progress
-        # Before anything that takes time.
-        self._directory = _open_directory(config)
+        # Before anything that takes time: it checks the folder.
+        super().__init__(config.to_dict(), config.out, config.resume)
         self.space = get_space(config.space)
         if data is None:
             data = load(config.data, image_size=config.image_size)
@@ -94,15 +92,11 @@ class Search:
         self.random = RandomState(config.seed, self.device)
         with self.random.use():
             self.learner = build_learner(self.data, config, self.device)
-        self.epoch = 0
-        self.step = 0
-        self.history: list[dict[str, Any]] = []
-        self.resumed = False
         self._train, self._arch = Meter(self.device), Meter(self.device)
         self._pace = Pace()
         self._seconds = 0.0
         if config.resume:
-            self._resume()
+            self._restore()
 
     @property
     def supernet(self) -> torch.nn.Module:
@@ -119,11 +113,6 @@ class Search:
         """The method."""
         return self.learner.method
 
-    @property
-    def path(self) -> Path | None:
-        """The run's folder, None when nothing is written."""
-        return None if self._directory is None else self._directory.path
-
     def genotype(self) -> Any:
         """The architecture that would be derived now."""
         return self.method.derive(self.arch, self.space)
@@ -135,7 +124,7 @@ class Search:
             The genotype and the record of every epoch.
 
         Raises:
-            SearchInterrupted: SIGINT or SIGTERM came; the checkpoint is of the last iteration.
+            RunInterrupted: SIGINT or SIGTERM came; the checkpoint is of the last iteration.
             NonFiniteLossError: a loss became NaN or infinite.
             OSError: a file of the run cannot be written.
         """
@@ -181,7 +170,7 @@ class Search:
             self._seconds += now - clock
             clock = now
             if self.step % config.log_every == 0 or self.step == self.steps_per_epoch:
-                self._check_finite()
+                self._check_finite(self.meters())
                 self.progress.step(self._report("train", self._train, lr))
             self._obey(interrupts)
         val = self._validate(interrupts, lr)
@@ -235,34 +224,6 @@ class Search:
             self._write_genotype()
         self.progress.epoch(record, genotype)
 
-    def _obey(self, interrupts: Interrupts) -> None:
-        """Stop at this boundary between iterations if a signal came."""
-        if interrupts.received is None:
-            return
-        self._check_finite()
-        where = f"stopped by {interrupts.name} in epoch {self.epoch + 1}, step {self.step}"
-        if self._directory is None:
-            advice = "nothing is saved, since the run has no folder"
-        else:
-            self._save()
-            advice = f"go on with: fastnas search --resume --out {self.path}"
-        raise SearchInterrupted(f"{where}; {advice}", interrupts.received)
-
-    def _check_finite(self) -> None:
-        for name, meter in (("weights", self._train), ("architecture", self._arch)):
-            bad = meter.bad
-            if bad is None:
-                continue
-            checkpoint = None if self._directory is None else self._directory.checkpoint
-            if checkpoint is not None and checkpoint.exists():
-                kept = f"{checkpoint} is from before"
-            else:
-                kept = "there is no checkpoint from before"
-            raise NonFiniteLossError(
-                f"the loss of the {name} became {bad.value} in epoch {self.epoch + 1}, "
-                f"step {bad.step}; try a lower learning rate or --amp off ({kept})"
-            )
-
     def _moment(self, phase: Phase) -> Moment:
         done = self.epoch * self.steps_per_epoch + self.step
         return Moment(self.epoch, self.config.epochs, done, phase)
@@ -295,7 +256,7 @@ class Search:
         learner = self.learner
         return {
             "config": self.config.to_dict(),
-            "data": self._data_identity(),
+            "data": data_identity(self.data),
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self._seconds,
@@ -317,10 +278,7 @@ class Search:
         Raises:
             ValueError: it is of a search with another configuration or other data.
         """
-        if found := difference(state["config"], self.config.to_dict()):
-            raise ValueError(f"it is of a search with {found}")
-        if list(state["data"]) != self._data_identity():
-            raise ValueError(f"it is of other data: {state['data']}, not {self._data_identity()}")
+        self._check_state(state, self.data)
         learner = self.learner
         learner.supernet.load_state_dict(state["supernet"])
         learner.arch.load_state_dict(state["arch"])
@@ -337,61 +295,16 @@ class Search:
         self._seconds = state["seconds"]
         self.history = list(state["history"])
 
-    def _data_identity(self) -> list[Any]:
-        data = self.data
-        return [data.name, data.num_train, data.channels, *data.image_size, data.num_classes]
+    def meters(self) -> Mapping[str, Meter]:
+        """The losses of both steps."""
+        return {"weights": self._train, "architecture": self._arch}
 
-    def _save(self) -> None:
-        assert self._directory is not None
-        save_checkpoint(self._directory.checkpoint, self.state_dict(), kind=_KIND)
-
-    def _resume(self) -> None:
-        assert self._directory is not None
-        checkpoint = self._directory.checkpoint
-        if not checkpoint.exists():
-            if self._directory.metrics.exists():
-                raise CheckpointError(
-                    f"{checkpoint} is missing, but {self._directory.metrics.name} says that epochs "
-                    "were finished: the run cannot be continued"
-                )
-            # Killed before the first checkpoint: the seed brings the same search again.
-            return
-        state = load_checkpoint(checkpoint, kind=_KIND)
-        try:
-            self.load_state_dict(state)
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{checkpoint} does not fit this search: {reason}") from error
-        self.resumed = True
-
-    def _begin_files(self) -> None:
-        if self._directory is None:
-            return
-        if not self.config.resume:
-            RunDirectory.create(self._directory.path, self.config.to_dict())
-        elif self.resumed:
-            self._directory.rewrite_metrics(self.history)
+    def how_to_go_on(self) -> str:
+        """The command that continues this search."""
+        return f"fastnas search --resume --out {self.path}"
 
     def _write_genotype(self) -> Any:
         genotype = self.genotype()
         if self._directory is not None:
             write_text(self._directory.genotype, genotype.to_json())
         return genotype
-
-
-def _open_directory(config: SearchConfig) -> RunDirectory | None:
-    """The run's folder, checked but not yet written to."""
-    if config.out is None:
-        return None
-    if not config.resume:
-        return RunDirectory.free(config.out)
-    directory = RunDirectory.resume(config.out)
-    begun = read_json(directory.config)
-    if not isinstance(begun, dict):
-        raise ValueError(f"{directory.config}: expected an object with fields")
-    if found := difference(begun, config.to_dict()):
-        raise ValueError(
-            f"{directory.path} was begun with {found}: continue it with the same options, "
-            "or start another run with another --out"
-        )
-    return directory

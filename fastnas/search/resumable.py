@@ -11,11 +11,14 @@ from typing import Any, ClassVar
 from fastnas.data.interface import Data
 from fastnas.search.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fastnas.search.files import RunDirectory, read_json
-from fastnas.search.interrupts import Interrupts, SearchInterrupted
-from fastnas.search.loop import NonFiniteLossError
+from fastnas.search.interrupts import Interrupts, RunInterrupted
 from fastnas.search.meters import Meter
 
-__all__ = ["Resumable", "data_identity", "difference"]
+__all__ = ["NonFiniteLossError", "Resumable", "data_identity", "difference"]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss became NaN or infinite; the last checkpoint is from before that."""
 
 
 class Resumable(abc.ABC):
@@ -117,7 +120,7 @@ class Resumable(abc.ABC):
             self.load_state_dict(state)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{checkpoint} does not fit this run: {reason}") from error
+            raise CheckpointError(f"{checkpoint} does not fit this {self.kind}: {reason}") from error
         self.resumed = True
 
     def _check_state(self, state: Mapping[str, Any], data: Data) -> None:
@@ -138,7 +141,7 @@ class Resumable(abc.ABC):
         else:
             self._save()
             advice = f"go on with: {self.how_to_go_on()}"
-        raise SearchInterrupted(f"{where}; {advice}", interrupts.received)
+        raise RunInterrupted(f"{where}; {advice}", interrupts.received)
 
     def _check_finite(self, meters: Mapping[str, Meter]) -> None:
         for name, meter in meters.items():
