@@ -82,11 +82,9 @@ def test_statistics_and_normalise_are_the_textbook_formulas(device, tolerances):
         v = sum((value - m) ** 2 for value in values) / len(values)
         assert mean[c].item() == pytest.approx(m) and var[c].item() == pytest.approx(v)
     gamma, beta = torch.randn(2, 3, dtype=torch.float64, device=device)
-    expected = F.batch_norm(x, mean, var, gamma, beta, eps=0.1)
-    assert_near(reference.normalise(x, mean, var, 0.1, gamma, beta), expected, tolerances)
-    assert_near(
-        reference.normalise(x, mean, var, 0.1), F.batch_norm(x, mean, var, eps=0.1), tolerances
-    )
+    for affine in ((gamma, beta), (gamma, None), (None, None)):
+        expected = F.batch_norm(x, mean, var, *affine, eps=0.1)
+        assert_near(reference.normalise(x, mean, var, 0.1, *affine), expected, tolerances)
 
 
 @pytest.mark.parametrize(("channels", "k"), [(16, 4), (12, 3), (10, 2), (6, 6), (5, 1)])

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops under torch.compile, and their registrations under torch.library.opcheck."""
+
+from __future__ import annotations
+
+import copy
+
+import ops_cases as cases
+import pytest
+import torch
+from ops_cases import assert_bitwise
+from torch import nn
+
+from fastnas import ops
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function):
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def check_compiled(function, make_arguments, device, extra=()):
+    """Outputs, gradients and buffers as in eager mode, for two sizes: the second may be dynamic."""
+    for size in (6, 4):
+        results = []
+        for run in (function, compiled(function)):
+            arguments, leaves, norms = make_arguments(size, device)
+            y = run(*arguments, *extra)
+            grads = torch.autograd.grad(y, leaves, cases.like_output(y), allow_unused=True)
+            buffers = [b for norm in norms if norm is not None for b in norm.buffers()]
+            results.append([y.detach(), *grads, *buffers])
+            assert all(g is not None for g in grads)
+        for k, (a, b) in enumerate(zip(*results, strict=True)):
+            assert a.stride() == b.stride(), k
+            assert_bitwise(b, a, str(k))
+
+
+def mixed_arguments(size, device):
+    xs, weights = cases.make_inputs(7, (2, 3, size, 5), layout="channels_last", device=device)
+    norms = cases.make_norms(7, 3, device)
+    return (xs, weights, norms), [weights, *xs, *cases.affine_parameters(norms)], norms
+
+
+def test_mixed_sum(device):
+    def make(size, device):
+        xs, weights = cases.make_inputs(3, (2, 3, size, 5), layout="channels_last", device=device)
+        xs[1] = xs[1].detach().bfloat16().requires_grad_()
+        return (xs, weights), [weights, *xs], []
+
+    check_compiled(lambda xs, w: ops.mixed_sum(xs, torch.softmax(w, 0)) * 2, make, device)
+
+
+@pytest.mark.parametrize("training", [None, True, False])
+def test_mixed_batch_norm_and_its_buffers(training, device):
+    def function(xs, w, norms):
+        return ops.mixed_batch_norm([2 * x for x in xs], w, norms, training)
+
+    check_compiled(function, mixed_arguments, device)
+
+
+@pytest.mark.parametrize("halved", [False, True], ids=["same", "halved"])
+def test_partial_channel_mix(halved, device):
+    def make(size, device):
+        (xs, weights, norms), leaves, _ = mixed_arguments(size, device)
+        scale = 2 if halved else 1
+        x = cases.make((2, 12, scale * size, scale * 5), layout="channels_last", device=device)
+        x.requires_grad_()
+        return (x, xs, weights, norms), [x, *leaves], norms
+
+    def function(x, xs, w, norms):
+        return ops.partial_channel_mix(x, xs, w, 4, norms)
+
+    check_compiled(function, make, device)
+
+
+def test_sample_paths_with_a_step_that_counts(device):
+    logits = torch.randn(5, 4, device=device, requires_grad=True)
+
+    def function(x, step):
+        paths = ops.sample_paths(x, 2**63 + 1, step, None, True)
+        return paths.probs, paths.active, paths.inactive
+
+    run = compiled(function)
+    for step in (0, 1, 2, 3, 50, 2**40):
+        expected, actual = function(logits, step), run(logits, step)
+        for a, b in zip(actual, expected, strict=True):
+            assert_bitwise(a, b)
+        gradients = [
+            torch.autograd.grad(paths[0][:, 0].sum(), [logits])[0] for paths in (actual, expected)
+        ]
+        assert_bitwise(*gradients)
+
+
+def test_gate_gradient(device):
+    def make(size, device):
+        xs, weights = cases.make_inputs(3, (2, 3, size, 5), device=device)
+        return (xs, weights), [weights, *xs], []
+
+    def function(xs, w):
+        return ops.gate_gradient(xs[0], [xs[1], None, xs[2]], torch.softmax(w, 0))
+
+    check_compiled(function, make, device)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_without_gradients_any_number_of_candidates(count, device):
+    """Where nothing asks for a gradient, the compiler inlines the Functions' forward."""
+    xs = [cases.make((2, 3, 4, 5), device=device, seed=k) for k in range(count)]
+    x, w = cases.make((2, 12, 4, 5), device=device), torch.rand(count, device=device)
+    norms = [nn.BatchNorm2d(3, affine=False).to(device) for _ in xs]
+
+    def function(x, xs, w):
+        y = ops.mixed_batch_norm(xs, w, norms)
+        return (
+            y,
+            ops.mixed_sum(xs, w),
+            ops.partial_channel_mix(x, xs, w, 4),
+            ops.gate_gradient(y, xs, w),
+            *ops.sample_paths(w.view(1, -1), 1, 2),
+        )
+
+    for a, b in zip(compiled(function)(x, xs, w), function(x, xs, w), strict=True):
+        assert_bitwise(a, b)
+
+
+# --- registrations: schema, fake kernel, dispatch under the compiler
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def tensors(count, shape, device, dtypes=(F32,), layouts=("contiguous",)):
+    return [
+        cases.make(shape, dtypes[k % len(dtypes)], layouts[k % len(layouts)], device, seed=k)
+        for k in range(count)
+    ]
+
+
+def norm_tail(channels, device, running=True):
+    """kinds, eps, affine, gammas, betas (and running statistics): batch, plain, running, affine."""
+    one = torch.ones(channels, device=device)
+    tail = [[1, 0, 2, 1], [1e-5, 0.0, 1e-5, 1e-3], [0, 0, 0, 1], [2 * one], [one.clone()]]
+    return [*tail, [one / 2], [3 * one]] if running else tail
+
+
+def samples(device):
+    """Arguments of every raw op, by name."""
+    both = ("channels_last", "contiguous")
+    size = (2, 3, 4, 5)
+    w4, c3 = torch.randn(4, device=device), torch.rand(4, 3, device=device)
+    for layouts in (("contiguous",), ("channels_last",), ("sliced_last", "expanded"), both):
+        for dtypes in ((F32,), (BF16,), (BF16, F32)):
+            xs = tensors(4, size, device, dtypes, layouts)
+            grad = tensors(1, size, device, (torch.promote_types(dtypes[0], dtypes[-1]),), layouts)[
+                0
+            ]
+            name = f"{'-'.join(layouts)}-{'-'.join(map(cases.ids, dtypes))}"
+            yield name, "mixed_sum", (xs, w4)
+            yield name, "mixed_sum_backward", (grad, xs, w4, [1, 0, 1, 1], True)
+            yield name, "mixed_batch_norm", (xs, w4, *norm_tail(3, device))
+            tail = norm_tail(3, device, running=False)
+            yield (
+                name,
+                "mixed_batch_norm_backward",
+                (grad, xs, w4, c3, c3 + 1, *tail, [1, 1, 0, 1], True),
+            )
+            for h, w in ((4, 5), (8, 10)):
+                rest = tensors(1, (2, 6, h, w), device, dtypes[-1:], layouts[-1:])[0]
+                wide = tensors(1, (2, 9, 4, 5), device, (grad.dtype,), layouts)[0]
+                yield f"{name}-{h}", "partial_channel_mix", (rest, xs, w4, 3, *norm_tail(3, device))
+                arguments = (wide, rest, [h, w], xs, w4, 3, c3, c3 + 1, *tail)
+                yield (
+                    f"{name}-{h}",
+                    "partial_channel_mix_backward",
+                    (*arguments, True, [1, 0, 1, 1], True),
+                )
+    nothing = [w4.new_empty(0)] * 4
+    grad, tail = tensors(1, size, device)[0], norm_tail(3, device, running=False)
+    yield "unsaved", "mixed_sum_backward", (grad, [], w4, [1, 0, 1, 1], False)
+    tail[0], tail[2], tail[3], tail[4] = [0, 0, 2, 2], [0] * 4, [], []
+    yield (
+        "unsaved",
+        "mixed_batch_norm_backward",
+        (grad, nothing, w4, c3, c3 + 1, *tail, [1] * 4, False),
+    )
+    wide = tensors(1, (2, 9, 4, 5), device)[0]
+    arguments = (wide, nothing[0], [4, 5], nothing, w4, 3, c3, c3 + 1, *tail)
+    yield "unsaved", "partial_channel_mix_backward", (*arguments, True, [1] * 4, False)
+    yield "unneeded", "partial_channel_mix_backward", (*arguments, False, [0] * 4, False)
+    empty = tensors(4, (0, 3, 4, 5), device, layouts=both)
+    yield "empty", "mixed_sum", (empty, w4)
+    yield "empty", "mixed_batch_norm", (empty, w4, *norm_tail(3, device))
+    logits, counts = torch.randn(3, 4, device=device), torch.tensor([4, 0, 2], device=device)
+    yield "one", "sample_paths", (logits, None, 1, 2, False)
+    yield "two", "sample_paths", (logits.bfloat16(), counts, -1, 2**40, True)
+    xs = tensors(3, size, device, (F32, BF16), both)
+    yield "gates", "gate_gradient", (xs[0], xs[1:], w4, [1, 0, 0, 1])
+    yield "nothing", "gate_gradient", (xs[0], [], w4.double(), [0] * 4)
+
+
+OPS = (
+    "mixed_sum",
+    "mixed_sum_backward",
+    "mixed_batch_norm",
+    "mixed_batch_norm_backward",
+    "partial_channel_mix",
+    "partial_channel_mix_backward",
+    "sample_paths",
+    "gate_gradient",
+)
+
+
+def test_every_op_of_the_library_is_listed_here():
+    names = {
+        s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if "fastnas::" in s.name
+    }
+    assert names == set(OPS)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name, device):
+    """All utilities on one case in each of plain, unusual and empty; the fake kernel on all."""
+    mine = [(case, arguments) for case, op, arguments in samples(device) if op == name]
+    assert mine
+    op = getattr(torch.ops.fastnas, name).default
+    thorough = {0, len(mine) // 2, len(mine) - 1}
+    for k, (_, arguments) in enumerate(mine):
+        utilities = {} if k in thorough else {"test_utils": "test_faketensor"}
+        torch.library.opcheck(op, copy.deepcopy(arguments), **utilities)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_fake_kernels_give_the_strides_of_the_real_ones(name, device):
+    """opcheck compares sizes and dtypes; compiled code also relies on strides."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_leaves, tree_map
+
+    op = getattr(torch.ops.fastnas, name)
+    for case, other, arguments in samples(device):
+        if other != name:
+            continue
+        with FakeTensorMode() as mode:
+            fake = tree_map(
+                lambda a: mode.from_tensor(a) if isinstance(a, torch.Tensor) else a, arguments
+            )
+            described = [(t.shape, t.stride(), t.dtype, t.device) for t in tree_leaves(op(*fake))]
+        real = [(t.shape, t.stride(), t.dtype, t.device) for t in tree_leaves(op(*arguments))]
+        assert described == real, case
+
+
+def test_the_ops_are_private_to_autograd_functions(device):
+    """Without their Functions the raw ops are not differentiable, and say so in backward."""
+    x = torch.ones(3, device=device, requires_grad=True)
+    y = torch.ops.fastnas.mixed_sum([x], torch.ones(1, device=device))
+    with pytest.warns(UserWarning, match=r"fastnas::mixed_sum.*autograd"):
+        y.sum().backward()
+
+
+def test_a_compiled_module_keeps_its_buffers_in_step(device):
+    class Node(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm2d(3, affine=False) for _ in range(2))
+
+        def forward(self, x, w):
+            return ops.mixed_batch_norm([x, x * x], w, list(self.norms))
+
+    node = Node().to(device)
+    eager, w = copy.deepcopy(node), torch.tensor([0.3, 0.7], device=device)
+    run = torch.compile(node, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        x = cases.make((2, 3, 4, 5), device=device, seed=step)
+        assert_bitwise(run(x, w), eager(x, w))
+    for a, b in zip(node.buffers(), eager.buffers(), strict=True):
+        assert_bitwise(a, b)
+    assert node.norms[0].num_batches_tracked.item() == 3
