@@ -6,6 +6,10 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+# Before torch loads OpenMP: threads that wait in a loop starve the working one where others share
+# the cores. It changes no result.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
