@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastnas._extension import has_kernels
 from fastnas.ops import reference
-from fastnas.ops._common import check_candidates, differentiate
+from fastnas.ops._common import check_candidates
+from fastnas.ops._norms import spread
 
 
 def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: Tensor) -> Tensor:
@@ -65,35 +66,47 @@ def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: 
 
 
 class GateGradient(torch.autograd.Function):
-    """Autograd of :func:`gate_gradient`; its derivatives go through the reference."""
+    """Autograd of :func:`gate_gradient`; its derivatives are for second-order uses."""
 
     @staticmethod
-    def forward(
-        ctx: Any, present: tuple[bool, ...], grad_output: Tensor, probs: Tensor, *outputs: Tensor
-    ) -> Tensor:
+    def forward(*arguments: Any) -> Tensor:
         """``dalpha`` from the kernel of the device, or from the reference where there is none."""
+        # One parameter for all: without gradients, torch.compile would take the first argument for
+        # ctx where there are as many arguments as parameters.
+        ctx, present, grad_output, probs, *outputs = arguments
         ctx.present = present
         ctx.save_for_backward(grad_output, probs, *outputs)
         if has_kernels(grad_output.device.type):
             return torch.ops.fastnas.gate_gradient(grad_output, outputs, probs, present)
-        return _composite(present, grad_output, probs, *outputs)
+        return reference.gate_gradient(grad_output, spread(present, outputs), probs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients for second-order uses: nobody differentiates this in an ordinary search."""
-        present = ctx.present
-        grads = differentiate(
-            lambda *t: _composite(present, *t), ctx.saved_tensors, ctx.needs_input_grad[1:], grad
+        """All gradients, in operations that have derivatives themselves."""
+        grad_output, probs, *outputs = ctx.saved_tensors
+        _, need_g, need_p, *need_outputs = ctx.needs_input_grad
+        acc = reference.accumulate_dtype(reference.result_dtype([grad_output, *outputs]))
+        g, p, v = (t.to(acc) for t in (grad_output, probs, grad))
+        mean = (v * p).sum()
+        ddots = p * (v - mean)
+        dg = torch.zeros_like(g)
+        douts: list[Tensor | None] = []
+        dots = []
+        for ddot, o in zip(ddots.unbind(0), spread(ctx.present, outputs), strict=True):
+            if o is None:
+                dots.append(ddot.new_zeros(()))
+                continue
+            dots.append((g * o.to(acc)).sum())
+            dg = dg + ddot * o.to(acc)
+            douts.append((ddot * g).to(o.dtype))
+        big_g = torch.stack(dots)
+        dp = v * (big_g - (p * big_g).sum()) - mean * big_g
+        return (
+            None,
+            dg.to(grad_output.dtype) if need_g else None,
+            dp.to(probs.dtype) if need_p else None,
+            *(d if need else None for d, need in zip(douts, need_outputs, strict=True)),
         )
-        return (None, *grads)
-
-
-def _composite(
-    present: Sequence[bool], grad_output: Tensor, probs: Tensor, *outputs: Tensor
-) -> Tensor:
-    items = iter(outputs)
-    full = [next(items) if has else None for has in present]
-    return reference.gate_gradient(grad_output, full, probs)
 
 
 @torch.library.register_fake("fastnas::gate_gradient")

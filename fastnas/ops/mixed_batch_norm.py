@@ -114,15 +114,11 @@ class MixedBatchNorm(torch.autograd.Function):
     """Autograd of :func:`mixed_batch_norm`; the second derivative goes through the reference."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        kinds: tuple[int, ...],
-        eps: tuple[float, ...],
-        affine: tuple[bool, ...],
-        weights: Tensor,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         """``y``, and the ``(K, C)`` means and biased variances that were used."""
+        # One parameter for all: without gradients, torch.compile would take the first argument for
+        # ctx where there are as many arguments as parameters.
+        ctx, kinds, eps, affine, weights, *tensors = arguments
         xs, gammas, betas, means, variances = split_tensors(kinds, affine, tensors)
         if has_kernels(xs[0].device.type):
             y, mean, var = torch.ops.fastnas.mixed_batch_norm(

@@ -53,8 +53,11 @@ class MixedSum(torch.autograd.Function):
     """Autograd of :func:`mixed_sum`; the second derivative goes through the reference."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, *xs: Tensor) -> Tensor:
+    def forward(*arguments: Any) -> Tensor:
         """``y`` from the kernel of the device, or from the reference where there is none."""
+        # One parameter for all: without gradients, torch.compile would take the first argument for
+        # ctx where there are as many arguments as parameters.
+        ctx, weights, *xs = arguments
         # dx_k = w_k g needs no input; only dw_k = <g, x_k> does.
         saved = xs if ctx.needs_input_grad[0] else ()
         ctx.save_for_backward(weights, *saved)

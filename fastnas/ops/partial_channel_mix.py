@@ -112,17 +112,11 @@ class PartialChannelMix(torch.autograd.Function):
     """Autograd of :func:`partial_channel_mix`; the second derivative goes through the reference."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        k: int,
-        kinds: tuple[int, ...],
-        eps: tuple[float, ...],
-        affine: tuple[bool, ...],
-        rest: Tensor,
-        weights: Tensor,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The output, and the ``(K, C/k)`` means and biased variances that were used."""
+        # One parameter for all: without gradients, torch.compile would take the first argument for
+        # ctx where there are as many arguments as parameters.
+        ctx, k, kinds, eps, affine, rest, weights, *tensors = arguments
         xs, gammas, betas, means, variances = split_tensors(kinds, affine, tensors)
         if has_kernels(rest.device.type):
             y, mean, var = torch.ops.fastnas.partial_channel_mix(

@@ -237,15 +237,13 @@ def sample_path_indices(
     return torch.where(swap, second, first), torch.where(swap, first, second)
 
 
-def path_probabilities(
+def path_softmax(
     logits: Tensor, counts: Tensor | None, active: Tensor, inactive: Tensor
-) -> Tensor:
-    """Probabilities that go with sampled paths, differentiable in ``logits``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over all live candidates of an edge, or over its pair where two were drawn.
 
     Returns:
-        ``(E, 2)``: the softmax probability of the active candidate and 0 where nothing is inactive,
-        else the probabilities of the pair, renormalised to sum to 1 (spec of ProxylessNAS' two-path
-        mode).
+        The probabilities, and where the active and the inactive candidate are; ``(E, K)`` each.
     """
     x = logits.to(accumulate_dtype(logits.dtype))
     column = torch.arange(logits.shape[1], device=logits.device)
@@ -258,5 +256,18 @@ def path_probabilities(
     x = x.masked_fill(~kept | torch.isnan(x), -torch.inf)
     # An edge without live candidates chooses nothing; equal logits keep NaN out of its gradient.
     x = x.masked_fill((active < 0).unsqueeze(1), 0.0)
-    p = torch.softmax(x, 1)
+    return torch.softmax(x, 1), chosen, other
+
+
+def path_probabilities(
+    logits: Tensor, counts: Tensor | None, active: Tensor, inactive: Tensor
+) -> Tensor:
+    """Probabilities that go with sampled paths, differentiable in ``logits``.
+
+    Returns:
+        ``(E, 2)``: the softmax probability of the active candidate and 0 where nothing is inactive,
+        else the probabilities of the pair, renormalised to sum to 1 (two-path mode of
+        ProxylessNAS).
+    """
+    p, chosen, other = path_softmax(logits, counts, active, inactive)
     return torch.stack([(p * chosen).sum(1), (p * other).sum(1)], 1).to(logits.dtype)
