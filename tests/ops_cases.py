@@ -71,9 +71,14 @@ def laid_out(x, layout):
     return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x)
 
 
-def make(shape, dtype=torch.float32, layout="contiguous", device="cpu", seed=0):
+def draw(shape, seed):
+    """Uniform in -2 .. 2, from integers: torch.randn gives other bits where vectors are wider."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator).to(device, dtype)
+    return torch.randint(-(1 << 20), 1 << 20, shape, generator=generator) / float(1 << 19)
+
+
+def make(shape, dtype=torch.float32, layout="contiguous", device="cpu", seed=0):
+    x = draw(shape, seed).to(device, dtype)
     return laid_out(x, layout) if len(shape) == 4 else x
 
 
@@ -81,8 +86,7 @@ def make_inputs(count, shape, dtype=torch.float32, layout="contiguous", device="
     """K tensors that require gradients and K weights of both signs, in the dtype of the sums."""
     xs = [make(shape, dtype, layout, device, seed + k).requires_grad_() for k in range(count)]
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    generator = torch.Generator().manual_seed(seed + 1000)
-    weights = torch.randn(count, generator=generator).div(count**0.5).to(device, acc)
+    weights = draw((count,), seed + 1000).div(count**0.5).to(device, acc)
     return xs, weights.requires_grad_()
 
 
@@ -98,16 +102,15 @@ def make_norms(count, channels, device="cpu", first=0):
         lambda: nn.BatchNorm2d(channels, affine=False, eps=1e-2).eval(),
     )
     norms = [kinds[(first + k) % len(kinds)]() for k in range(count)]
-    generator = torch.Generator().manual_seed(2000)
     with torch.no_grad():
-        for norm in norms:
+        for k, norm in enumerate(norms):
             if norm is None:
                 continue
-            for t in (norm.weight, norm.bias, norm.running_mean):
+            for i, t in enumerate((norm.weight, norm.bias, norm.running_mean)):
                 if t is not None:
-                    t.copy_(torch.randn(channels, generator=generator))
+                    t.copy_(draw((channels,), 2000 + 4 * k + i))
             if norm.running_var is not None:
-                norm.running_var.copy_(torch.rand(channels, generator=generator) + 0.5)
+                norm.running_var.copy_(draw((channels,), 2003 + 4 * k).abs() + 0.5)
     return on_device(norms, device)
 
 

@@ -226,8 +226,9 @@ def test_pools_as_torch_does_with_ties_nan_and_odd_sizes(dtype, layout, size, sp
     assert_bitwise(drest, expected_grad)
 
 
-def test_pools_an_input_of_one_row_to_nothing(device):
-    x = torch.randn(2, 4, 1, 6, device=device, requires_grad=True)
+@pytest.mark.parametrize("rows", [0, 1])
+def test_pools_an_input_of_one_row_or_none_to_nothing(rows, device):
+    x = torch.randn(2, 4, rows, 6, device=device, requires_grad=True)
     y = partial_channel_mix(x, [torch.zeros(2, 1, 0, 3, device=device)], [1.0], 4)
     assert y.shape == (2, 4, 0, 3)
     (dx,) = torch.autograd.grad(y, [x], torch.empty_like(y))

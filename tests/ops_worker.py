@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the ops in a process of its own, where instruction set and threads are set from outside.
+
+python ops_worker.py results FILE   what every mixing op gives on all shapes, saved with torch
+python ops_worker.py threads        prints as JSON how busy each thread was, for each op
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import ops_cases as cases
+import torch
+
+from fastnas import ops
+from fastnas._extension import cpu_instruction_set
+
+
+def mixing_calls(count, shape, dtype, layout):
+    """Every op that has vectorised kernels: its output and what to differentiate it by."""
+    xs, weights = cases.make_inputs(count, shape, dtype, layout)
+    n, c, h, w = shape
+    norms = cases.make_norms(count, c)
+    affine = cases.affine_parameters(norms)
+    yield "mixed_sum", ops.mixed_sum(xs, weights), [weights, *xs]
+    yield "mixed_batch_norm", ops.mixed_batch_norm(xs, weights, norms), [weights, *xs, *affine]
+    for scale in (1, 2):
+        x = cases.make((n, 3 * c, scale * h, scale * w), dtype, layout, seed=5).requires_grad_()
+        norms = cases.make_norms(count, c)
+        affine = cases.affine_parameters(norms)
+        y = ops.partial_channel_mix(x, xs, weights, 3, norms)
+        yield f"partial_channel_mix/{scale}", y, [x, weights, *xs, *affine]
+    with torch.no_grad():
+        yield "gate_gradient", ops.gate_gradient(xs[0], xs, weights), []
+
+
+def results():
+    """Outputs and gradients on all shapes, by name; the rounding of every half-precision number."""
+    found = {}
+    for count, shape in cases.SHAPES:
+        for dtype in cases.DTYPES:
+            for layout in cases.LAYOUTS:
+                case = f"{cases.ids((count, shape))}-{cases.ids(dtype)}-{layout}"
+                for name, y, leaves in mixing_calls(count, shape, dtype, layout):
+                    grads = torch.autograd.grad(y, leaves, cases.like_output(y)) if leaves else ()
+                    found[f"{name}-{case}"] = [y.detach(), *grads]
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        for weight in (1.0, 0.3, 1.0 + 2.0**-12, 2.0**-11):
+            found[f"rounding-{cases.ids(dtype)}-{weight}"] = [
+                ops.mixed_sum([bits.view(dtype)], [weight])
+            ]
+    return found
+
+
+def run_times():
+    """Seconds that each thread of this process has run."""
+    return {
+        int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9
+        for task in Path("/proc/self/task").iterdir()
+    }
+
+
+def busy_threads(function, seconds=0.05):
+    """Share of the work of each thread, largest first, while ``function`` runs again and again."""
+    function()  # starts the threads
+    before = run_times()
+    total = 0.0
+    while total < seconds:
+        function()
+        spent = [t - before.get(task, 0.0) for task, t in run_times().items()]
+        total = sum(spent)
+    return sorted((t / total for t in spent), reverse=True)
+
+
+def large_calls(layout):
+    """Each op that has work for several threads, forward and backward."""
+    xs, weights = cases.make_inputs(2, (32, 16, 32, 32), torch.float32, layout)
+    x = cases.make((32, 64, 32, 32), torch.float32, layout)
+    rest, wide = x[:, 16:], torch.ones_like(x)
+    norms = [torch.nn.BatchNorm2d(16, affine=False) for _ in xs]
+    grad, table = torch.ones_like(xs[0]), torch.ones(2, 16)
+    norm = (table, table, [1, 1], [1e-5, 1e-5], [0, 0], [], [])
+    raw, need = torch.ops.fastnas, ([1, 1], True)
+    backward = raw.partial_channel_mix_backward
+    return {
+        "mixed_sum": lambda: ops.mixed_sum(xs, weights),
+        "mixed_sum_backward": lambda: raw.mixed_sum_backward(grad, xs, weights, *need),
+        "mixed_batch_norm": lambda: ops.mixed_batch_norm(xs, weights, norms),
+        "mixed_batch_norm_backward": lambda: raw.mixed_batch_norm_backward(
+            grad, xs, weights, *norm, *need
+        ),
+        "partial_channel_mix": lambda: ops.partial_channel_mix(x, xs, weights, 4),
+        "partial_channel_mix_backward": lambda: backward(
+            wide, rest, [32, 32], xs, weights, 4, *norm, True, *need
+        ),
+        "gate_gradient": lambda: ops.gate_gradient(grad, xs, weights),
+    }
+
+
+def threads():
+    """Shares with two threads, and with one."""
+    report = {}
+    for layout in cases.LAYOUTS:
+        for name, function in large_calls(layout).items():
+            shares = {}
+            for number in (2, 1):
+                torch.set_num_threads(number)
+                with torch.no_grad():
+                    shares[number] = busy_threads(function)
+            report[f"{name}-{layout}"] = shares
+    return report
+
+
+def main():
+    if sys.argv[1] == "results":
+        torch.set_num_threads(1)
+        torch.save({"isa": cpu_instruction_set(), "results": results()}, sys.argv[2])
+    else:
+        print(json.dumps(threads()))
+
+
+if __name__ == "__main__":
+    main()
