@@ -128,7 +128,7 @@ class PartialChannelMix(torch.autograd.Function):
         n = len(kinds)
         keep = inputs_to_save(kinds, affine, need_w, need[:n], any(need[n : n + 2 * len(gammas)]))
         saved = [x if kept else x.new_empty(0) for x, kept in zip(xs, keep, strict=True)]
-        pooled = rest.shape[2] != xs[0].shape[2]
+        pooled = rest.shape[2:] != xs[0].shape[2:]
         # A copied bypass has a gradient without its values; a pooled one needs them to find the
         # maxima again.
         kept_rest = rest if need_rest and pooled else rest.new_empty(0)

@@ -132,9 +132,9 @@ def partial_channel_join(rest: Tensor, mixed: Tensor, k: int) -> Tensor:
         k: one channel in k is processed.
 
     Returns:
-        ``(N, C, H', W')``. The bypass is pooled 2x2 when ``H' != H``.
+        ``(N, C, H', W')``. The bypass is pooled 2x2 when the sizes differ.
     """
-    if mixed.shape[2] != rest.shape[2]:
+    if mixed.shape[2:] != rest.shape[2:]:
         rest = F.max_pool2d(rest, 2, 2)
     return channel_shuffle(torch.cat([mixed, rest.to(mixed.dtype)], 1), k)
 
