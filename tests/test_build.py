@@ -161,7 +161,15 @@ def test_wheel_pins_the_release_it_was_built_for(setup_py, version, requirement)
     assert setup_py.torch_requirement(version) == requirement
 
 
-def _backend_requirements(tmp_path: Path, site: Path, torch_site: str = "") -> list[str]:
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """An environment without any package."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder
+
+
+def _backend_requirements(tmp_path: Path, python: Path, torch_site: str = "") -> list[str]:
     """What the build backend asks for, run as pip does: it sees setuptools and nothing else."""
     installed = Path(importlib.util.find_spec("setuptools").origin).parents[1]
     isolated = tmp_path / "isolated"
@@ -169,14 +177,11 @@ def _backend_requirements(tmp_path: Path, site: Path, torch_site: str = "") -> l
     for pattern in ("setuptools", "setuptools-*", "pkg_resources", "_distutils_hack"):
         for path in installed.glob(pattern):
             (isolated / path.name).symlink_to(path)
-    code = (
-        "import sys, sysconfig; sysconfig.get_path = lambda name: sys.argv[1]\n"
-        "import backend; print(backend.get_requires_for_build_wheel())"
-    )
     done = subprocess.run(
-        [sys.executable, "-S", "-c", code, str(site)],
+        [python, "-S", "-c", "import backend; print(backend.get_requires_for_build_wheel())"],
         env={
             "PYTHONPATH": f"{isolated}:{ROOT / 'build_support'}",
+            "PYTHONNOUSERSITE": "1",
             "PATH": os.environ["PATH"],
             "FASTNAS_TORCH_SITE": torch_site,
         },
@@ -197,18 +202,24 @@ def _sources_only(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_backend_builds_for_the_torch_that_is_there(tmp_path, setup_py, named):
-    site = Path(torch.__file__).parents[1]
-    required = _backend_requirements(
-        tmp_path, tmp_path if named else site, f"{tmp_path}:{site}" if named else ""
-    )
+def test_backend_asks_for_torch_where_there_is_none(tmp_path, setup_py, bare):
+    assert "torch>=2.11" in _backend_requirements(tmp_path, bare / "bin/python")
+
+
+@pytest.mark.parametrize("where", ["installed", "on a .pth file", "named"])
+def test_backend_builds_for_the_torch_that_is_there(tmp_path, setup_py, bare, where):
+    site = str(Path(torch.__file__).parents[1])
+    python = Path(sys.executable) if where == "installed" else bare / "bin/python"
+    link = next(bare.glob("lib/python*/site-packages")) / "link.pth"
+    try:
+        if where == "on a .pth file":  # as in environments that show the system's packages
+            link.write_text(site + "\n")
+        named = f"{tmp_path}:{site}" if where == "named" else ""
+        required = _backend_requirements(tmp_path, python, named)
+    finally:
+        link.unlink(missing_ok=True)
     assert "ninja" in required
     assert [line for line in required if line.startswith("torch")] == []
-
-
-def test_backend_asks_for_torch_where_there_is_none(tmp_path, setup_py):
-    assert "torch>=2.11" in _backend_requirements(tmp_path, tmp_path)
 
 
 def _sources(*suffixes: str) -> list[Path]:
