@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -92,11 +93,18 @@ def test_search_resumes_with_the_options_of_the_run(tmp_path):
     assert config == dataclasses.replace(begun, resume=True, lr=0.4)
 
 
-def test_search_resumes_a_folder_that_was_moved(tmp_path):
+def test_a_folder_that_was_moved_is_resumed_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/demo/eval").mkdir(parents=True)
     begun = preset_config("demo", epochs=3, out="somewhere/else")
-    write_json(tmp_path / "config.json", begun.to_dict())
-    config = search_command._config(["--resume", "--out", str(tmp_path)])
-    assert config == dataclasses.replace(begun, resume=True, out=str(tmp_path))
+    write_json("runs/demo/config.json", begun.to_dict())
+    wanted = dataclasses.replace(begun, resume=True, out="runs/demo")
+    assert search_command._config(["--resume"]) == wanted
+    Path("runs/demo/genotype.json").write_text(GENOTYPES["DARTS_V1"].to_json())
+    begun = EvaluateConfig(epochs=3, out="somewhere/else")
+    write_json("runs/demo/eval/config.json", begun.to_dict())
+    wanted = dataclasses.replace(begun, resume=True, out="runs/demo/eval")
+    assert eval_command._config(["--resume"]) == wanted
 
 
 def test_eval_resumes_with_the_options_of_the_run(tmp_path):

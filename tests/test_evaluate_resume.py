@@ -116,7 +116,7 @@ def test_signal_saves_and_the_run_goes_on(whole, tmp_path, reports, number):
     assert_same_run(whole, out)
 
 
-@pytest.mark.parametrize("reports", [2, STEPS + 2, 2 * (STEPS + 1)])
+@pytest.mark.parametrize("reports", [2, STEPS + 2, 2 * (STEPS + 1) + 2])
 def test_crash_goes_on_from_the_last_epoch(whole, tmp_path, reports):
     out = tmp_path / "run"
     with pytest.raises(MemoryError):

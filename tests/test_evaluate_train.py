@@ -79,14 +79,16 @@ def test_top5_of_more_classes():
     assert result.accuracy_top5 == result.history[-1]["test_accuracy_top5"]
 
 
-def test_test_accuracy_is_that_of_the_network():
+def test_figures_of_the_test_are_those_of_the_network():
     data = images(size=16)
     run = Evaluation(config(), data=data, progress=Progress())
     result = run.run()
-    x = (data.test_images / 255 - 0.5) / 0.3
     with torch.no_grad():
-        predicted = run.network.eval()(x).argmax(dim=1)
-    assert result.accuracy == (predicted == data.test_labels).float().mean().item()
+        logits = run.network.eval()((data.test_images / 255 - 0.5) / 0.3)
+    right = logits.argmax(dim=1) == data.test_labels
+    assert result.accuracy == right.float().mean().item()
+    loss = nn.functional.cross_entropy(logits, data.test_labels).item()
+    assert result.history[-1]["test_loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_drop_path_rises_linearly_and_learning_rate_follows_the_cosine():

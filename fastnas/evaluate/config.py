@@ -49,7 +49,7 @@ class EvaluateConfig:
     stem: Literal["cifar", "imagenet"] = "cifar"
     """First layers: cifar keeps the image size, imagenet divides it by eight."""
 
-    epochs: int = 8
+    epochs: int = 6
     """Passes over the training images."""
     batch_size: int = 64
     """Images in a batch."""
@@ -79,7 +79,7 @@ class EvaluateConfig:
     """Probability to drop an operation's output for an image; it rises linearly over the epochs."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
-    augment: Augment = field(default_factory=Augment)
+    augment: Augment = field(default_factory=lambda: Augment(crop_padding=2, flip=True))
     """What is done to the training images."""
 
     seed: int = 0
