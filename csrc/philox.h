@@ -85,15 +85,11 @@ FASTNAS_HOST_DEVICE inline int64_t draw(Mass mass, int64_t count, uint32_t word)
   return k;
 }
 
-// logit(k) as double for k < count.
-template <typename Logit>
-FASTNAS_HOST_DEVICE inline Path sample_path(Logit logit, int64_t count, uint64_t seed, uint64_t step, uint32_t edge,
+// The draw of one edge from masses: mass(k) for k < count.
+template <typename Mass>
+FASTNAS_HOST_DEVICE inline Path choose_path(Mass mass, int64_t count, uint64_t seed, uint64_t step, uint32_t edge,
                                             bool two) {
-  double top = -INFINITY;
-  for (int64_t k = 0; k < count; ++k)
-    if (logit(k) > top) top = logit(k);
   const Words words = edge_words(seed, step, edge);
-  const auto mass = [&](int64_t k) { return path_mass(logit(k), top); };
   const int64_t first = draw(mass, count, words.w[0]);
   if (!two || first < 0) return {first, -1};
   const int64_t second = draw([&](int64_t k) { return k == first ? int64_t{0} : mass(k); }, count, words.w[1]);
@@ -101,6 +97,16 @@ FASTNAS_HOST_DEVICE inline Path sample_path(Logit logit, int64_t count, uint64_t
   const uint64_t m = mass(first), pair = m + mass(second);
   const bool swap = ((words.w[2] * pair) >> 32) >= m;
   return swap ? Path{second, first} : Path{first, second};
+}
+
+// The same from logit(k) as double for k < count.
+template <typename Logit>
+FASTNAS_HOST_DEVICE inline Path sample_path(Logit logit, int64_t count, uint64_t seed, uint64_t step, uint32_t edge,
+                                            bool two) {
+  double top = -INFINITY;
+  for (int64_t k = 0; k < count; ++k)
+    if (logit(k) > top) top = logit(k);
+  return choose_path([&](int64_t k) { return path_mass(logit(k), top); }, count, seed, step, edge, two);
 }
 
 }  // namespace fastnas

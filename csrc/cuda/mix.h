@@ -22,12 +22,12 @@ struct Combine {
 };
 cudaError_t launch_combine(const Plan& plan, const Combine& args, cudaStream_t stream);
 
-// Mean and summed squared deviations of every part of every channel of K operands, null ones left alone. Reads K.
+// Number, mean and summed squared deviations of every part of every channel of K operands, null ones left alone.
+// Reads K.
 struct Statistics {
   const void* xs[kMaxOperands];
   int K;
-  // [K][period][parts] each, in the accumulator type; the counts are whole numbers.
-  void *count, *mean, *m2;
+  double *count, *mean, *m2;  // [K][period][parts] each
 };
 cudaError_t launch_statistics(const Plan& plan, const Statistics& args, cudaStream_t stream);
 

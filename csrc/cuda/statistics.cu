@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Mean and summed squared deviations of parts of the channels of K operands. Reads sizeof(T) bytes an element.
 // A thread sums deviations from its own first value (of each channel it has), so a large mean costs no digits and one
-// odd value spoils only its own share; threads and parts are merged by the formula of Chan, Golub and LeVeque.
+// odd value spoils only its own share; threads and parts are merged by the formula of Chan, Golub and LeVeque, their
+// means taken from the channel's first value, so that float resolves what they differ in.
 // Operands dense, planes or columns (plan.h).
 #include "mix.h"
 #include "reduce.cuh"
@@ -20,10 +21,11 @@ struct Shifted {
     sum += d;
     squares += d * d;
   }
-  __device__ Moments<A> moments(int count) const {
+  // With the mean taken from `origin`.
+  __device__ Moments<A> moments(int count, A origin) const {
     if (count == 0) return {};
-    const A n = static_cast<A>(count), off = sum / n, m2 = squares - off * sum;
-    return {n, shift + off, m2 < 0 ? A{0} : m2};  // a NaN stays one
+    const A n = static_cast<A>(count), off = sum / n, rest = squares - off * sum;
+    return {n, shift - origin + off, rest < 0 ? A{0} : rest};  // a NaN stays one
   }
 };
 
@@ -75,18 +77,20 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
+  const Vec<T, kWidth> origin =
+      load<T, kWidth>(x + (kColumns ? (works ? lane : 0) * V : side * plan.S));
   Moments<A> result[kWidth];
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) result[i] = acc[i].moments(count);
+  for (int i = 0; i < kWidth; ++i) result[i] = acc[i].moments(count, to_acc(origin.v[i]));
   merge_over_rows<kWidth>(result, row, rows, kColumns ? plan.lanes : 1);
   if (row != 0 || !works) return;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     const int64_t entry = kColumns ? lane * V + i : side;
     const int64_t to = (k * plan.period + entry) * plan.parts + part;
-    static_cast<A*>(args.count)[to] = result[i].count;
-    static_cast<A*>(args.mean)[to] = result[i].mean;
-    static_cast<A*>(args.m2)[to] = result[i].m2;
+    args.count[to] = result[i].count;
+    args.mean[to] = static_cast<double>(to_acc(origin.v[i])) + static_cast<double>(result[i].mean);
+    args.m2[to] = result[i].m2;
   }
 }
 

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// The hosts' side of BatchNorm and weighted sum: what mixed_batch_norm and partial_channel_mix share.
+#pragma once
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "host.h"
+#include "norm.h"
+
+namespace fastnas::cuda {
+
+// The arguments of the norms as kernels take them, and the tensors they point into.
+struct NormArguments {
+  Norms norms;
+  int64_t affine_rows;
+  std::vector<at::Tensor> kept;
+};
+
+NormArguments make_norms(const char* op, int64_t C, const at::Tensor& weights,
+                         at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
+                         at::TensorList gammas, at::TensorList betas);
+
+void add_running_statistics(const char* op, int64_t C, NormArguments& n, at::TensorList means,
+                            at::TensorList vars);
+
+// Those of a backward: [K][C].
+void check_statistics(const char* op, int64_t C, const NormArguments& n, const at::Tensor& mean,
+                      const at::Tensor& var);
+
+// Means and variances that are used, in the accumulator's dtype, and the tables of the sum: coef [K][period], then bias.
+struct Coefficients {
+  at::Tensor mean, var, table;
+};
+Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& operands,
+                              const NormArguments& n, const at::Tensor& weights);
+
+// The sum that those stand for, to the slot y.
+Combine combine_arguments(const Plan& plan, const Coefficients& f,
+                          const std::vector<at::Tensor>& operands, void* y, int64_t step);
+
+struct MixGradients {
+  at::Tensor dw, dgamma, dbeta;
+  at::Tensor tables;  // a, b and c of launch_gradients, [K][period] each
+};
+
+// All of the backward but the gradients of the operands, for which it leaves the tables. g is the slot of the output's
+// gradient. Operands without elements were not kept by the forward because nothing needs them.
+MixGradients mix_backward(const Plan& plan, const void* g, int64_t step,
+                          const std::vector<at::Tensor>& operands, const NormArguments& n,
+                          const at::Tensor& weights, const at::Tensor& mean, const at::Tensor& var,
+                          at::IntArrayRef need_xs, bool need_weights);
+
+// The arguments of launch_gradients for what mix_backward left.
+Gradients gradient_arguments(const Plan& plan, const MixGradients& tables, const void* g,
+                             int64_t step, const std::vector<at::Tensor>& operands,
+                             const NormArguments& n, const std::vector<void*>& dxs);
+
+}  // namespace fastnas::cuda

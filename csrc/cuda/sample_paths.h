@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// All binary gates of a network in one launch.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "plan.h"
+
+namespace fastnas::cuda {
+
+struct SamplePaths {
+  const void* logits;     // [E][K] of `dtype`
+  const int64_t* counts;  // [E], or null: K everywhere
+  int64_t E, K;
+  uint64_t seed, step;
+  bool two;
+  int64_t *active, *inactive;  // [E]
+  void* probs;                 // [E][2] of `dtype`
+};
+cudaError_t launch_sample_paths(Dtype dtype, const SamplePaths& args, cudaStream_t stream);
+
+}  // namespace fastnas::cuda
