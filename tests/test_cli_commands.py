@@ -65,13 +65,23 @@ def test_search_and_eval(folder, capsys):
     assert found == {"checkpoint.pt", "config.json", "genotype.json", "metrics.jsonl"}
 
     assert main(EVAL) == 0
-    out = capsys.readouterr().out
+    out, error = capsys.readouterr()
+    assert error == ""
     assert "\ntest accuracy: " in out
     assert "\nparameters: " in out
     assert "\nMACs per image: " in out
     result = json.loads(Path("runs/demo/eval/result.json").read_text())
     assert result["genotype"] == json.loads(Path("runs/demo/genotype.json").read_text())
     assert f"test accuracy: {result['accuracy']:.2%}" in out
+
+
+def test_eval_of_an_unfinished_search_says_so(folder, capsys):
+    Path("found").mkdir()
+    Path("found/genotype.json").write_text(GENOTYPES["DARTS_V1"].to_json())
+    Path("found/config.json").write_text(json.dumps({"epochs": 9}))
+    Path("found/metrics.jsonl").write_text('{"epoch": 1}\n')
+    assert main([*EVAL, "found", "--epochs", "1"]) == 0
+    assert "The search in found is not over (8 epochs to go)" in capsys.readouterr().err
 
 
 def test_a_run_is_never_overwritten(folder, capsys):

@@ -26,6 +26,14 @@ def test_search(tmp_path):
     assert source.genotype == GENOTYPE
     assert source.search == tmp_path
     assert source.data == "cifar10:somewhere"
+    assert source.epochs_left == 0
+
+
+def test_search_that_is_not_over(tmp_path):
+    (tmp_path / "genotype.json").write_text(GENOTYPE.to_json())
+    (tmp_path / "config.json").write_text(json.dumps({"epochs": 5}))
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    assert find_genotype(tmp_path).epochs_left == 3
 
 
 @pytest.mark.parametrize(

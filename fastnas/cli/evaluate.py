@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fastnas.cli.options import choices, parse
 from fastnas.cli.progress import evaluation_progress
+from fastnas.cli.terminal import error_console
 from fastnas.evaluate import PRESETS, EvaluateConfig, Evaluation, find_genotype, preset_config
 from fastnas.search import RunDirectory
 from fastnas.search.files import read_json
@@ -23,7 +24,15 @@ _DESCRIPTION = (
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with the words after ``fastnas eval``."""
-    Evaluation(_config(argv), progress=evaluation_progress()).run()
+    evaluation = Evaluation(_config(argv), progress=evaluation_progress())
+    if left := evaluation.source.epochs_left:
+        error_console().print(
+            f"The search in {evaluation.source.search} is not over ({left} epochs to go): "
+            "this trains what it would find now.",
+            style="yellow",
+            markup=False,
+        )
+    evaluation.run()
     return 0
 
 

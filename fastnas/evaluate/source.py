@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastnas.search.files import RunDirectory, read_json
+from fastnas.search.files import RunDirectory, read_json, read_jsonl
 from fastnas.spaces import SPACES
 
 __all__ = ["GenotypeSource", "find_genotype"]
@@ -28,6 +28,7 @@ class GenotypeSource:
         label: the words it was asked for with.
         search: folder of the search that found it, None when it came from elsewhere.
         data: the data that search used, as ``fastnas.data.load`` reads it, else None.
+        epochs_left: epochs that search still had to do when it was looked at.
     """
 
     genotype: Any
@@ -35,6 +36,7 @@ class GenotypeSource:
     label: str
     search: Path | None = None
     data: str | None = None
+    epochs_left: int = 0
 
 
 def find_genotype(source: str | os.PathLike[str]) -> GenotypeSource:
@@ -62,7 +64,7 @@ def find_genotype(source: str | os.PathLike[str]) -> GenotypeSource:
     published = ", ".join(n for space in SPACES.values() for n in space.genotypes)
     raise FileNotFoundError(
         f"{name}: expected the folder of a search, a genotype file or a published name "
-        f"({published}), but there is none of these; `fastnas search --out {name}` makes a search"
+        f"({published}), but there is none of these; a first search is made by: fastnas search"
     )
 
 
@@ -78,12 +80,16 @@ def _from_search(folder: Path) -> GenotypeSource:
             f"{folder}: expected the folder of a search, but it holds no {run.genotype.name}"
         )
     genotype, space = _from_file(run.genotype)
-    data = None
-    if run.config.is_file():
-        config = read_json(run.config)
-        data = config.get("data") if isinstance(config, dict) else None
+    config = read_json(run.config) if run.config.is_file() else {}
+    data, epochs = (config.get(k) if isinstance(config, dict) else None for k in ("data", "epochs"))
+    done = len(read_jsonl(run.metrics)) if run.metrics.is_file() else 0
     return GenotypeSource(
-        genotype, space, str(folder), search=folder, data=data if isinstance(data, str) else None
+        genotype,
+        space,
+        str(folder),
+        search=folder,
+        data=data if isinstance(data, str) else None,
+        epochs_left=max(0, epochs - done) if isinstance(epochs, int) else 0,
     )
 
 
