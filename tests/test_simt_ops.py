@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels, executed on the host, pass the tests of the ops.
+
+Each test file of an op runs once more in a process of its own whose ops are csrc/cuda on fibers
+(tests/simt): random order of threads and blocks, guarded and poisoned memory.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ops_cases as cases
+import pytest
+import torch
+from simt import harness
+
+from fastnas.ops import mixed_batch_norm, mixed_sum, partial_channel_mix
+
+pytestmark = [
+    pytest.mark.skipif(harness.compiler() is None, reason="no g++"),
+    pytest.mark.slow,
+]
+TESTS = Path(__file__).resolve().parent
+
+# What cannot hold on a GPU (counts are checked on the host there), or takes minutes for draws that
+# the reference has already been compared with.
+LEFT_OUT = {"sample_paths": "not frequencies and not every_bit and not counts"}
+
+
+@pytest.fixture(scope="module")
+def simt():
+    return harness.build()
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        "mixed_sum",
+        "mixed_batch_norm",
+        "mixed_batch_norm_statistics",
+        "partial_channel_mix",
+        "gate_gradient",
+        "sample_paths",
+    ],
+)
+def test_passes_the_tests_of_the_op(op, simt):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "simt.plugin", "-p", "no:cacheprovider"]
+    command += [str(TESTS / f"test_{op}.py"), "-k", LEFT_OUT.get(op, "test")]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "FASTNAS_TEST_DEVICE": "cpu"}
+    done = subprocess.run(
+        command, cwd=TESTS.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("limit", [1, 100])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_indices_beyond_the_narrow_ones(limit, layout, simt, tolerances):
+    """With a limit of 2^31 lowered, small tensors go the way of those with more elements."""
+    xs, weights = cases.make_inputs(3, (3, 4, 8, 6), torch.float32, layout)
+    rest = cases.make((3, 12, 17, 13), torch.float32, layout, seed=9).requires_grad_()
+    norms = cases.make_norms(3, 4)
+    leaves = [weights, *xs]
+
+    def results():
+        before = simt.launches()
+        out = []
+        for y in (
+            mixed_sum(xs, weights),
+            mixed_batch_norm(xs, weights, norms),
+            partial_channel_mix(rest, xs, weights, 4, norms),
+        ):
+            inputs = leaves if y.shape[1] == 4 else [*leaves, rest]
+            out += [y, *torch.autograd.grad(y, inputs, cases.like_output(y))]
+        return out, simt.launches() - before
+
+    expected, launches = results()
+    assert launches == 0
+    names = [n for op in harness.OPS for n in (op, f"{op}_backward")]
+    with harness.kernels(simt, [n for n in names if hasattr(torch.ops.fastnas, n)]):
+        ordinary, _ = results()
+        simt.set_narrow_limit(limit)
+        try:
+            wide, launches = results()
+        finally:
+            simt.set_narrow_limit(1 << 31)
+    assert launches > 10
+    for k, (a, b, c) in enumerate(zip(wide, ordinary, expected, strict=True)):
+        cases.assert_bitwise(a, b, str(k))
+        cases.assert_near(a, c, tolerances, str(k))
