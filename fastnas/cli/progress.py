@@ -46,9 +46,11 @@ class _Bar:
         self._console = target
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%  {task.fields[numbers]}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[left]}", style="cyan"),
+            # Last: this is what a narrow terminal cuts off.
+            TextColumn("{task.fields[numbers]}"),
             console=target,
         )
         self._task = self._bar.add_task("starting", total=None, left="", numbers="")
@@ -114,6 +116,7 @@ class _SearchDisplay(search.Progress):
         )
         if search.resumed:
             self._console.print(_continued(search.epoch, search.step))
+        self._console.print(_header(_SEARCH_COLUMNS))
         self._bar.start()
         self._bar.below(genotype_table(search.genotype()))
 
@@ -123,12 +126,7 @@ class _SearchDisplay(search.Progress):
 
     def epoch(self, record: Mapping[str, Any], genotype: Any) -> None:
         """Leave a line above the bar and show the new genotype."""
-        parts = [_of("train", record["train_loss"], record["train_accuracy"])]
-        if record["arch_loss"] is not None:
-            parts.append(_of("arch", record["arch_loss"], record["arch_accuracy"]))
-        if record["val_loss"] is not None:
-            parts.append(_of("validation", record["val_loss"], record["val_accuracy"]))
-        self._console.print(_line(record, self._epochs, parts))
+        self._console.print(_row(record, self._epochs, _SEARCH_COLUMNS))
         self._bar.below(genotype_table(genotype))
 
     def end(self, result: SearchResult) -> None:
@@ -165,6 +163,7 @@ class _EvaluationDisplay(evaluate.Progress):
         )
         if e.resumed:
             self._console.print(_continued(e.epoch, e.step))
+        self._console.print(_header(_EVALUATION_COLUMNS))
         self._bar.start()
 
     def step(self, report: StepReport) -> None:
@@ -173,9 +172,7 @@ class _EvaluationDisplay(evaluate.Progress):
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Leave a line above the bar."""
-        train = _of("train", record["train_loss"], record["train_accuracy"])
-        test = _of("test", record["test_loss"], record["test_accuracy"])
-        self._console.print(_line(record, self._epochs, [train, test]))
+        self._console.print(_row(record, self._epochs, _EVALUATION_COLUMNS))
 
     def end(self, result: EvaluationResult) -> None:
         """Show the figures."""
@@ -202,16 +199,25 @@ def _continued(epoch: int, step: int) -> str:
     return f"Going on after epoch {epoch}, step {step}."
 
 
-def _line(record: Mapping[str, Any], epochs: int, parts: list[str]) -> str:
-    width = len(str(epochs))
-    return (
-        f"epoch {record['epoch']:>{width}}/{epochs}  {'  '.join(parts)}  {record['seconds']:.1f} s"
-    )
+# Title in the list of epochs -> prefix of the fields in a record.
+_SEARCH_COLUMNS = {"training": "train", "architecture": "arch", "validation": "val"}
+_EVALUATION_COLUMNS = {"training": "train", "test": "test"}
 
 
-def _of(name: str, loss: float | None, accuracy: float | None) -> str:
-    shown = "-" if loss is None else f"{loss:.3f}"
-    return f"{name} loss {shown} accuracy {'-' if accuracy is None else f'{accuracy:6.1%}'}"
+def _header(columns: Mapping[str, str]) -> Text:
+    titles = "".join(f"  {title:^15}" for title in columns)
+    names = "".join(f"  {'loss':>6} {'accuracy':>8}" for _ in columns)
+    return Text(f"{'':>9}{titles}\n{'epoch':>9}{names}  {'time':>8}", style="dim")
+
+
+def _row(record: Mapping[str, Any], epochs: int, columns: Mapping[str, str]) -> str:
+    """One line an epoch, under :func:`_header`."""
+    cells = [f"{record['epoch']}/{epochs}".rjust(9)]
+    for prefix in columns.values():
+        loss, accuracy = record[f"{prefix}_loss"], record[f"{prefix}_accuracy"]
+        shown = "" if loss is None else f"{loss:.3f}"
+        cells.append(f"{shown:>6} {'' if accuracy is None else f'{accuracy:.1%}':>8}")
+    return "  ".join([*cells, f"{record['seconds']:.1f} s".rjust(8)])
 
 
 def _numbers(report: StepReport) -> str:
