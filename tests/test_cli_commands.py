@@ -256,7 +256,7 @@ def test_search_on_a_terminal():
     progress = search_progress(screen)
     result = Search(search_config(), data=images(), progress=progress).run()
     text = screen.file.getvalue()
-    assert re.search(r"\n      1/2 {2,}\d\.\d{3} +\d+\.\d%", text)
+    assert re.search(r" {6}1/2 +\d+\.\d{3} +\d+\.\d%", text)
     assert " left" in text
     (op, source), *_ = result.genotype.normal
     assert f"{op}({source})" in text[text.index("The cells that were found") :]
@@ -268,7 +268,7 @@ def test_evaluation_on_a_terminal():
     progress = evaluation_progress(screen)
     result = Evaluation(eval_config(), data=images(size=16), progress=progress).run()
     text = screen.file.getvalue()
-    assert re.search(r"\n      2/2 {2,}\d\.\d{3} +\d+\.\d%", text)
+    assert re.search(r" {6}2/2 +\d+\.\d{3} +\d+\.\d%", text)
     assert f"test accuracy   {result.accuracy:.2%}" in text
     assert f"parameters      {result.parameters:,}" in text
     assert f"MACs per image  {result.macs:,}" in text
