@@ -88,8 +88,8 @@ class EvaluateConfig:
     """cpu, cuda, cuda:1, ...; auto takes CUDA where there is a device."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Mixed precision."""
-    memory_format: Literal["contiguous", "channels_last"] = "channels_last"
-    """Layout of images and weights."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Layout of images and weights; auto is channels_last on a CPU and contiguous elsewhere."""
     deterministic: bool = False
     """Allow only deterministic algorithms of PyTorch (on a GPU; slower)."""
     threads: int = 0

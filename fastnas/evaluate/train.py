@@ -28,14 +28,12 @@ from fastnas.search.files import write_json, write_text
 from fastnas.search.interrupts import Interrupts
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.resumable import Resumable, data_identity
-from fastnas.search.runtime import runtime
+from fastnas.search.runtime import amp_dtype, memory_layout, runtime
 from fastnas.search.schedule import learning_rate
 from fastnas.spaces import count_operations, count_parameters, get_space
 
 __all__ = ["Evaluation"]
 
-_AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_LAYOUT = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _TOP = 5
 
 
@@ -103,7 +101,7 @@ class Evaluation(Resumable):
             self._restore()
 
     def _build_batches(self) -> None:
-        c, layout = self.config, _LAYOUT[self.config.memory_format]
+        c, layout = self.config, memory_layout(self.config.memory_format, self.device)
         self._batches = self.data.train_batches(
             min(c.batch_size, self.data.num_train),
             augment=c.augment,
@@ -133,7 +131,8 @@ class Evaluation(Resumable):
         self.operations = count_operations(self.network, (1, data.channels, *data.image_size))
         self.parameters = count_parameters(self.network)
         self.network.to(self.device)
-        self.network.to(memory_format=_LAYOUT[c.memory_format])  # type: ignore[call-overload]
+        layout = memory_layout(c.memory_format, self.device)
+        self.network.to(memory_format=layout)  # type: ignore[call-overload]
         self._parameters = list(self.network.parameters())
         self.optimizer = torch.optim.SGD(
             self._parameters,
@@ -165,6 +164,7 @@ class Evaluation(Resumable):
             try:
                 self.progress.start(self)
                 while self.epoch < self.config.epochs:
+                    self._obey(interrupts)
                     self._run_epoch(interrupts)
                 result = self._result()
                 if self._directory is not None:
@@ -231,7 +231,7 @@ class Evaluation(Resumable):
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits in float32, and those of the auxiliary head if there is one in this mode."""
-        dtype = _AMP[self.config.amp]
+        dtype = amp_dtype(self.config.amp)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             output = self.network(x)
         if isinstance(output, tuple):
