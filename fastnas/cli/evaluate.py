@@ -15,10 +15,12 @@ from fastnas.search.files import read_json
 
 __all__ = ["main"]
 
-_DESCRIPTION = (
-    "Train the network of a genotype from scratch and test it. Without options: what the last "
-    "`fastnas search` found, on the images that come with the package. The folder --out gets "
-    "config.json, genotype.json, metrics.jsonl, checkpoint.pt, best.pt and result.json."
+_DESCRIPTION = "\n\n".join(
+    (  # paragraphs of one line: the parser does not wrap them
+        "Train the network of a genotype from scratch and test it after every epoch.",
+        "Without options: what the last `fastnas search` found, on the same images.",
+        "Writes metrics.jsonl, checkpoint.pt, best.pt and result.json into --out.",
+    )
 )
 
 

@@ -15,10 +15,12 @@ from fastnas.spaces import SPACES
 
 __all__ = ["main"]
 
-_DESCRIPTION = (
-    "Search a cell. Without options: PC-DARTS on the images that come with the package, in "
-    f"minutes on a CPU. Methods: {', '.join(METHODS)}. Spaces: {', '.join(SPACES)}. The folder "
-    "--out gets config.json, metrics.jsonl, checkpoint.pt and genotype.json."
+_DESCRIPTION = "\n\n".join(
+    (  # paragraphs of one line: the parser does not wrap them
+        "Search a cell; without options, by PC-DARTS on images that come with the package.",
+        f"Methods: {', '.join(METHODS)}. Spaces: {', '.join(SPACES)}.",
+        "Writes config.json, metrics.jsonl, checkpoint.pt and genotype.json into --out.",
+    )
 )
 
 

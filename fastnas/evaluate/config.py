@@ -29,16 +29,13 @@ class EvaluateConfig:
     """Everything that decides how a derived network is trained and tested."""
 
     source: tyro.conf.Positional[str] = "runs/demo"
-    """What to train: the folder of a search, a genotype file, or a published name such as
-    PC_DARTS_cifar (`fastnas genotypes` lists them)."""
+    """What to train: folder of a search, genotype file or published name (`fastnas genotypes`)."""
     data: str | None = None
-    """Images to train on, as fastnas.data.load reads it: fashion-mnist-mini, cifar10:DIR, ... None
-    takes those of the search, and fashion-mnist-mini where there was none."""
+    """Images (fashion-mnist-mini, cifar10:DIR, ...); None: those of the search, or the first."""
     image_size: int | None = None
     """Side of the images in pixels; None keeps the size of the data."""
     out: str | None = "auto"
-    """Folder of the run; auto means `eval` in the folder of the search, else runs/eval-NAME. From
-    Python, None writes nothing."""
+    """Folder of the run; auto: `eval` in the search's folder or runs/eval-NAME; None: no files."""
     resume: bool = False
     """Continue the run in --out from its checkpoint."""
 
@@ -58,8 +55,7 @@ class EvaluateConfig:
     lr_min: float = 0.0
     """Learning rate towards which the cosine falls."""
     schedule: ScheduleName = "cosine"
-    """How the learning rate falls: cosine, linear (PC-DARTS on ImageNet), exponential (DARTS on
-    ImageNet) or constant."""
+    """How the learning rate falls; on ImageNet DARTS takes exponential and PC-DARTS linear."""
     lr_warmup_epochs: int = 0
     """First epochs, in which the learning rate rises linearly."""
     lr_decay: float = 0.97
