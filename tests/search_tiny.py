@@ -100,6 +100,8 @@ def config(method: str = "darts", space: str = "tiny", **fields: object) -> Sear
         "lr": 0.05,
         "arch_lr": 0.01,
         "arch_warmup_epochs": 0,
+        "weight_share": 0.5,
+        "arch_share": 0.5,
         "augment": Augment(crop_padding=1, flip=True),
         "validate": "every",
         "memory_format": "contiguous",

@@ -25,7 +25,8 @@ IMAGES = 96
 EPOCHS = 3
 FIELDS = {"method": "pc_darts", "epochs": EPOCHS, "arch_warmup_epochs": 1}
 # The process that is killed searches in the real space: its kernels must give the same bits again.
-REAL = {"method": "pc_darts", "epochs": 2, "space": "darts"}
+REAL = {"method": "pc_darts", "epochs": 2, "space": "darts", "validate": "last", "val_batches": 1}
+REAL_IMAGES = 64
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +37,10 @@ def _one_thread() -> object:
     torch.set_num_threads(before)
 
 
-def uninterrupted(fields: dict[str, object], path: Path) -> Path:
+def uninterrupted(fields: dict[str, object], count: int, path: Path) -> Path:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    Search(config(**fields, out=str(path)), data=images(IMAGES), progress=Progress()).run()
+    Search(config(**fields, out=str(path)), data=images(count), progress=Progress()).run()
     torch.set_num_threads(before)
     return path
 
@@ -47,7 +48,7 @@ def uninterrupted(fields: dict[str, object], path: Path) -> Path:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run."""
-    return uninterrupted(FIELDS, tmp_path_factory.mktemp("whole") / "run")
+    return uninterrupted(FIELDS, IMAGES, tmp_path_factory.mktemp("whole") / "run")
 
 
 def assert_equal(a: object, b: object, where: str = "") -> None:
@@ -81,11 +82,10 @@ def assert_same_run(wanted: Path, found: Path) -> None:
 
 
 def start(out: Path, resume: bool) -> subprocess.Popen[str]:
-    root = Path(search_tiny.__file__).parents[1]
     # Draws before the search differ from process to process and must not matter.
     fields = {**REAL, "out": str(out), "resume": resume, "draws": random.randrange(50)}
-    code = [sys.executable, search_tiny.__file__, json.dumps(fields), str(IMAGES)]
-    path = os.pathsep.join([str(root), *sys.path])
+    code = [sys.executable, search_tiny.__file__, json.dumps(fields), str(REAL_IMAGES)]
+    path = os.pathsep.join(sys.path)
     return subprocess.Popen(
         code,
         stdout=subprocess.PIPE,
@@ -105,7 +105,7 @@ def wait_for(stream: IO[str], lines: int) -> int:
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    out, wanted = tmp_path / "run", uninterrupted(REAL, tmp_path / "whole")
+    out, wanted = tmp_path / "run", uninterrupted(REAL, REAL_IMAGES, tmp_path / "whole")
     # Not seeded: each run of the tests tries other moments; the message tells which.
     seed = random.randrange(10**6)
     moments = random.Random(seed)
@@ -113,7 +113,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     for _ in range(2):
         process = start(out, resume=out.exists())
         assert process.stdout is not None
-        wait_for(process.stdout, moments.randint(1, 5))
+        wait_for(process.stdout, moments.randint(1, 3))
         # From between two lines to anywhere in the next iteration or in the writing of files.
         try:
             process.wait(moments.uniform(0, 0.15))

@@ -129,6 +129,14 @@ class Method(abc.ABC):
     def parameters(self) -> ArchParameters:
         """New architecture parameters; random values come from torch's default generator."""
 
+    def parameter_groups(self, arch: ArchParameters) -> list[dict[str, Any]]:
+        """Groups for the optimizer of the architecture, in the order of ``arch.parameters()``.
+
+        A method whose alphas and betas learn at different rates overrides this; a group's settings
+        go before those of the configuration.
+        """
+        return [{"params": list(arch.parameters())}]
+
     @abc.abstractmethod
     def weights(self, arch: ArchParameters, moment: Moment) -> dict[str, CellWeights]:
         """The weights of the mixed ops, by cell kind.

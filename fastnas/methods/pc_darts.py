@@ -50,6 +50,7 @@ class PCDarts(Darts):
 
     Options: ClassVar[type[MethodOptions]] = PCDartsOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "demo": {"options": PCDartsOptions(partial_channels=2)},
         # Released scripts: batches of 256 fit where DARTS takes 64; the architecture is frozen
         # for 15 (35) of the 50 epochs; validation only after the last epoch.
         "cifar10": {

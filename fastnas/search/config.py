@@ -39,18 +39,18 @@ class SearchConfig:
     resume: bool = False
     """Continue the run in --out from its checkpoint."""
 
-    C: int = 16
+    C: int = 8
     """Channels of the first cell's nodes."""
-    layers: int = 8
+    layers: int = 3
     """Number of cells of the supernet."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """First layers: cifar keeps the image size, imagenet divides it by eight."""
 
-    epochs: int = 50
+    epochs: int = 5
     """Passes over the half of the images that the weights are trained on."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Images in a batch of the weights, and in one of the architecture."""
-    lr: float = 0.025
+    lr: float = 0.05
     """Learning rate of the weights (SGD) at the start; it falls along a cosine."""
     lr_min: float = 0.0
     """Learning rate of the weights at the end."""
@@ -63,7 +63,7 @@ class SearchConfig:
     grad_clip: float = 5.0
     """Largest gradient norm of the weights; 0 for no limit."""
 
-    arch_lr: float = 3e-4
+    arch_lr: float = 0.02
     """Learning rate of the architecture parameters (Adam)."""
     arch_betas: tuple[float, float] = (0.5, 0.999)
     """Adam's decay factors for the architecture parameters."""
@@ -71,18 +71,18 @@ class SearchConfig:
     """L2 factor of the architecture parameters."""
     arch_grad_clip: float = 0.0
     """Largest gradient norm of the architecture parameters; 0 for no limit."""
-    arch_warmup_epochs: int = 0
+    arch_warmup_epochs: int = 1
     """First epochs in which only the weights are trained."""
 
-    weight_share: float = 0.5
+    weight_share: float = 0.2
     """Share of the training images that the weights are trained on."""
-    arch_share: float = 0.5
+    arch_share: float = 0.2
     """Share of the training images that the architecture is trained on."""
     split: Literal["auto", "order", "random"] = "auto"
     """Which images these are: order takes the first and the last ones, as DARTS does; random
     shuffles them by the seed; auto is random for images that are streamed from a folder or Dataset
     (a folder comes sorted by class), and order for those kept in memory."""
-    augment: Augment = field(default_factory=Augment)
+    augment: Augment = field(default_factory=lambda: Augment(flip=True))
     """What is done to the images."""
     validate: Literal["every", "last", "never"] = "last"
     """After which epochs the supernet is tested on the images of the architecture."""
@@ -95,8 +95,8 @@ class SearchConfig:
     """cpu, cuda, cuda:1, ...; auto takes CUDA where there is a device."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Mixed precision of the supernet."""
-    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
-    """Layout of images and weights."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Layout of images and weights; auto is channels_last on a CPU and contiguous elsewhere."""
     deterministic: bool = False
     """Allow only deterministic algorithms of PyTorch (on a GPU; slower)."""
     threads: int = 0
@@ -105,14 +105,15 @@ class SearchConfig:
     """Iterations between two reports of progress."""
 
     options: MethodOptions = field(default_factory=MethodOptions)
-    """Options of the method."""
+    """Options of the method; where none are given, those of its demo."""
 
     def __post_init__(self) -> None:
         """Check ranges and names, and give the method its own kind of options."""
         get_space(self.space)
         options = method_class(self.method).Options
         if type(self.options) is MethodOptions:
-            object.__setattr__(self, "options", options())
+            demo = method_class(self.method).presets.get("demo", {})
+            object.__setattr__(self, "options", demo.get("options", options()))
         if not isinstance(self.options, options):
             raise TypeError(
                 f"options: expected {options.__name__} for the method {self.method!r}, "
@@ -173,6 +174,8 @@ _NOT_NEGATIVE = (
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # The defaults: about a thousand images for the weights, as many for the architecture, and a
+    # learning rate of the architecture that shows something after a hundred steps.
     "demo": {},
     # DARTS, appendix A.1.1, with the values of the released scripts where paper and code differ.
     "cifar10": {
@@ -180,6 +183,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "C": 16,
         "layers": 8,
         "epochs": 50,
+        "weight_share": 0.5,
+        "arch_share": 0.5,
         "augment": Augment.cifar(),
         "out": "runs/cifar10",
     },
@@ -226,7 +231,13 @@ def preset_config(
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, but got {preset!r}")
-    values = {**PRESETS[preset], **method_class(method).presets.get(preset, {}), **fields}
+    chosen = method_class(method)
+    values = {
+        "options": chosen.Options(),
+        **PRESETS[preset],
+        **chosen.presets.get(preset, {}),
+        **fields,
+    }
     known = {f.name for f in dataclasses.fields(SearchConfig)}
     if unknown := sorted(set(values) - known):
         raise TypeError(f"preset_config: SearchConfig has no field {unknown[0]!r}")

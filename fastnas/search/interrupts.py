@@ -54,8 +54,10 @@ class Interrupts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Put the former handlers back."""
+        """Put the former handlers back; a signal that nobody looked at is delivered to them."""
         self._release()
+        if error is None and self.received is not None:
+            signal.raise_signal(self.received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

@@ -134,6 +134,7 @@ class Search(Resumable):
             try:
                 self.progress.start(self)
                 while self.epoch < self.config.epochs:
+                    self._obey(interrupts)
                     self._run_epoch(interrupts)
                 # Again, for a run that was killed between its last checkpoint and this file.
                 result = SearchResult(self._write_genotype(), self.history, self.path)

@@ -120,7 +120,9 @@ class Resumable(abc.ABC):
             self.load_state_dict(state)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{checkpoint} does not fit this {self.kind}: {reason}") from error
+            raise CheckpointError(
+                f"{checkpoint} does not fit this {self.kind}: {reason}"
+            ) from error
         self.resumed = True
 
     def _check_state(self, state: Mapping[str, Any], data: Data) -> None:
