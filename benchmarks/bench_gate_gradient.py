@@ -26,7 +26,7 @@ def loop(grad, outputs, probs):
     return closed_form([(grad * o).sum(dtype=torch.float32) for o in outputs], probs)
 
 
-def vdot(grad, outputs, probs):
+def dot(grad, outputs, probs):
     """One BLAS call per candidate, and no tensor of products; all have one memory format."""
 
     def flat(t):
@@ -38,7 +38,7 @@ def vdot(grad, outputs, probs):
 
 FUNCTIONS = {
     "torch loop": loop,
-    "torch dot": vdot,
+    "torch dot": dot,
     "fastnas": lambda grad, outputs, probs: ops.gate_gradient(grad, [*outputs, None], probs),
     "reference": lambda grad, outputs, probs: reference.gate_gradient(
         grad, [*outputs, None], probs

@@ -21,6 +21,7 @@ from harness import (
     device_name,
     flusher,
     interleave,
+    peak_memory,
     synchronize,
     table,
     timed,
@@ -49,10 +50,11 @@ class Session:
     measuring: bool
     ratios: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    load_average: float = field(default_factory=lambda: os.getloadavg()[0])
 
     @cached_property
     def machine(self) -> Machine:
-        return describe_machine(self.device)
+        return describe_machine(self.device, self.load_average)
 
     def forms(self, case: Case) -> list[Form]:
         compiling = self.compiler.budget > 0
@@ -76,7 +78,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
     add("--bench-device", str, "device to measure on")
     add("--bench-threads", int, "threads of PyTorch; unless given 2, or 1 if nothing is timed")
-    add("--bench-seconds", float, "seconds a row is measured for, and each form of a ratio")
+    add("--bench-seconds", float, "seconds for each form of a ratio; a row gets half of it")
     add("--compile-seconds", float, "seconds of torch.compile per op; 0 leaves it out")
     add("--ratios-json", Path, "file for the interleaved ratios")
 
@@ -84,8 +86,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Options are unknown when another folder was named first: then the defaults hold.
     options = {name: config.getoption(name, default) for name, default in _DEFAULTS.items()}
+    if options["bench_device"] not in ("cpu", "cuda"):
+        raise pytest.UsageError(
+            f"--bench-device: expected cpu or cuda, but got {options['bench_device']}"
+        )
     device, path = torch.device(options["bench_device"]), options["ratios_json"]
     measuring = not config.getoption("benchmark_disable")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--bench-device=cuda: PyTorch finds no CUDA device")
     if device.type == "cuda" and not _extension.CUDA_VERSION:
         reason = _extension.CUDA_MISSING_REASON
         raise pytest.UsageError(f"fastnas was built without CUDA kernels ({reason})")
@@ -105,7 +113,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     session = config.stash[_SESSION]
-    how = f"{session.seconds} s a row" if session.measuring else "each form once, nothing is timed"
+    how = "timed" if session.measuring else "each form once, nothing is timed"
     return [
         f"benchmarks: {session.device.type}, {device_name(session.device)}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
@@ -172,10 +180,8 @@ def row(benchmark: Any, session: Session) -> Callable[[Prepared, str, Form], Non
 
         rounds = 1
         if session.measuring:
-            once = timed(run, session.device)
-            rounds = int(min(max(session.seconds / once, 3), 200))
-        if session.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            once = min(timed(run, session.device) for _ in range(3))
+            rounds = int(min(max(session.seconds / 2 / once, 3), 200))
         warmup = int(session.measuring)
         benchmark.pedantic(finished, setup=before, rounds=rounds, warmup_rounds=warmup)
         if session.measuring:
@@ -205,10 +211,11 @@ def _extra(
             "share_of_copy_bandwidth": rate / machine.copy_bandwidth,
             "share_of_floor": machine.floor(work) / seconds,
         }
-    if BOTH in prepared.case.modes and form.run == "eager":
+    if BOTH in prepared.case.modes and prepared.case.images and form.run == "eager":
         extra["saved_bytes"] = prepared.saved_bytes(form)
-    if session.device.type == "cuda":
-        extra["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    if session.device.type == "cuda" and form.run != "graph":  # a graph has memory of its own
+        run = prepared.runner(form, mode)
+        extra["peak_memory_bytes"] = peak_memory(run, session.device)
     return extra
 
 
@@ -226,8 +233,10 @@ def ratio(session: Session) -> Callable[[Prepared, str], None]:
                 session.leave_out(reason, case)
                 left_out[form.name] = str(reason)
         saved = {}
-        if BOTH in case.modes:
+        if BOTH in case.modes and case.images:
             saved = {f.name: prepared.saved_bytes(f) for f in runs if f.run == "eager"}
+            ours = max(saved[f.name] for f in runs if f.fused and f.name in saved)
+            assert ours <= min(saved.values()), f"more bytes are saved than by stock: {saved}"
         if not session.measuring:
             for run in runs.values():
                 run()
@@ -250,6 +259,7 @@ def _record(
     """One entry of --ratios-json and one line of the table."""
     stock = min((f.name for f in forms if not f.fused), key=times.median)
     fused = min((f.name for f in forms if f.fused), key=times.median)
+    eager = (f.name for f in forms if f.run == "eager" and not f.fused)
     work = prepared.work(mode)
     keys = ("ratio", "lower_quartile", "upper_quartile")
     return {
@@ -260,6 +270,7 @@ def _record(
         "rounds": times.rounds,
         "median_seconds": {f.name: times.median(f.name) for f in forms},
         "best_stock": stock,
+        "best_eager_stock": min(eager, key=times.median),
         "best_fastnas": fused,
         # How many times faster than the best stock form each of ours is.
         "faster": {
@@ -288,14 +299,19 @@ def pytest_terminal_summary(
     if not session.ratios:
         return
     machine = session.machine
+    load = machine.load_average
     terminalreporter.section("fastnas against the best stock form, measured in turns")
     terminalreporter.write_line(
         f"{machine.name}, {machine.threads} threads, torch {machine.torch}, fastnas "
         f"{machine.fastnas}, CPU capability {machine.cpu_capability}, {machine.date}; copy "
         f"{machine.copy_bandwidth / 1e9:.1f} GB/s, GEMM {machine.gemm_rate / 1e9:.0f} GFLOP/s"
     )
+    if load > 0.5:
+        terminalreporter.write_line(
+            f"load average {load:.1f} before the session: not alone on this machine, do not quote"
+        )
     head = ["op and size", "mode", "best stock", "ms", "best fastnas", "ms", "faster", "quartiles"]
-    head += ["floor", "saved MB", "fastnas"]
+    head += ["eager", "floor", "saved MB", "fastnas"]
     for line in table(head, [_line(record) for record in session.ratios]):
         terminalreporter.write_line(line)
     for reason, cases in session.left_out.items():
@@ -322,6 +338,7 @@ def _line(record: dict[str, Any]) -> list[str]:
         f"{seconds[fused] * 1e3:.3f}",
         f"{best['ratio']:.2f}x",
         f"{best['lower_quartile']:.2f}..{best['upper_quartile']:.2f}",
+        f"{seconds[record['best_eager_stock']] / seconds[fused]:.2f}x",
         "-" if floor is None else f"{floor / seconds[fused]:.0%}",
         f"{saved[False] / 1e6:.2f}" if saved else "-",
         f"{saved[True] / 1e6:.2f}" if saved else "-",

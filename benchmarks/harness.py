@@ -42,6 +42,8 @@ class Machine:
     cpu_capability: str
     python: str
     date: str
+    #: Of the last minute before the session; well above 0, others ran beside it.
+    load_average: float
     #: Bytes read and written per second by one large out-of-place copy.
     copy_bandwidth: float
     #: Floating-point operations per second of one large float32 matrix product.
@@ -66,7 +68,7 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def describe_machine(device: torch.device) -> Machine:
+def describe_machine(device: torch.device, load_average: float) -> Machine:
     """The facts that figures are quoted with; takes about a second."""
     return Machine(
         name=device_name(device),
@@ -77,6 +79,7 @@ def describe_machine(device: torch.device) -> Machine:
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         python=platform.python_version(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        load_average=load_average,
         copy_bandwidth=copy_bandwidth(device),
         gemm_rate=gemm_rate(device),
     )
@@ -202,6 +205,16 @@ def saved_bytes(forward: Callable[[], Tensor], exclude: tuple[Tensor, ...] = ())
     if not y.requires_grad:
         raise ValueError("saved_bytes: the output of forward does not require a gradient")
     return sum(storages.values())
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes of GPU memory that one call takes at its peak beyond what was allocated before."""
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
