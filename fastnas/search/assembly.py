@@ -12,9 +12,8 @@ from fastnas.data import Endless, EpochBatches, ImageData
 from fastnas.data.interface import Data
 from fastnas.methods import Learner
 from fastnas.search.config import SearchConfig, method_class
+from fastnas.search.runtime import amp_dtype, memory_layout
 from fastnas.spaces import get_space
-
-_AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -46,20 +45,10 @@ def build_halves(data: Data, config: SearchConfig, device: torch.device) -> Halv
             shuffle=training,
             # BatchNorm cannot learn from a last batch of one image: incomplete ones are left out.
             drop_last=training,
-            memory_format=layout(config, device),
+            memory_format=memory_layout(config.memory_format, device),
         )
 
     return Halves(batches(first, True), Endless(batches(second, True)), batches(second, False))
-
-
-def layout(config: SearchConfig, device: torch.device) -> torch.memory_format:
-    """The memory format the configuration asks for on a device."""
-    # Depthwise convolutions, half of a search on a CPU, are several times faster there in
-    # channels_last; PyTorch's CUDA kernels for them want contiguous images.
-    chosen = config.memory_format
-    if chosen == "auto":
-        chosen = "channels_last" if device.type == "cpu" else "contiguous"
-    return torch.channels_last if chosen == "channels_last" else torch.contiguous_format
 
 
 def split_images(data: Data, config: SearchConfig) -> tuple[Tensor, Tensor]:
@@ -111,7 +100,7 @@ def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Lea
         **method_type.supernet_options(config.options),
     )
     supernet.to(device)
-    supernet.to(memory_format=layout(config, device))  # type: ignore[call-overload]
+    supernet.to(memory_format=memory_layout(config.memory_format, device))  # type: ignore[call-overload]
     method = method_type(supernet.cell_specs, config.options)
     arch = method.parameters().to(device)
     return Learner(
@@ -133,6 +122,6 @@ def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Lea
         nn.CrossEntropyLoss(),
         grad_clip=config.grad_clip,
         arch_grad_clip=config.arch_grad_clip,
-        amp=_AMP[config.amp],
+        amp=amp_dtype(config.amp),
         scaler=torch.amp.GradScaler(device.type) if config.amp == "fp16" else None,
     )
