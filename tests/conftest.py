@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 # Before torch loads OpenMP: threads that wait in a loop starve the working one where others share
@@ -60,6 +63,21 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def tolerances() -> dict[torch.dtype, Tolerance]:
     """rtol and atol per storage type: ``assert_close(a, b, **tolerances[a.dtype]._asdict())``."""
     return TOLERANCES
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs the tests outside of the source tree, and processes they start with the same fastnas.
+
+    In the root of the repository a started interpreter would import the package from there, which
+    holds no kernels unless it was built in place.
+    """
+    package = Path(importlib.util.find_spec("fastnas").origin).parent
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    os.environ["PYTHONPATH"] = str(package.parent)
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture(autouse=True)

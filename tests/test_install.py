@@ -124,7 +124,6 @@ def test_cuda_tensors_in_a_cpu_build_fail_when_strict(cpu_only, monkeypatch):
 def test_diagnosis():
     environment = {
         **os.environ,
-        "PYTHONPATH": str(PACKAGE.parent),
         "ATEN_CPU_CAPABILITY": "default",
         "OMP_NUM_THREADS": "1",
     }

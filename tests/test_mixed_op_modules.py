@@ -9,7 +9,7 @@ import pickle
 import pytest
 import stock
 import torch
-import torch.distributed as dist
+from data_parallel import train_a_step
 from side_by_side import assert_same, observe, randomise_statistics, twins
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -293,26 +293,12 @@ def test_state_moves_and_converts():
 # Several processes ------------------------------------------------------------------------------
 
 
-def _train_a_step(rank, path, cls, results):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    try:
-        torch.manual_seed(0)
-        op = nn.parallel.DistributedDataParallel(cls(8, 2))
-        x = torch.randn(2, 3, 8, 6, 6)[rank]
-        weights = torch.linspace(-1, 1, 8)
-        for _ in range(2):  # the second pass fails if a gradient of the first was left out
-            op(x, weights).square().sum().backward()
-        results[rank] = {n: p.grad for n, p in op.module.named_parameters()}
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_distributed_data_parallel_averages_the_gradients(tmp_path):
     manager = torch.multiprocessing.Manager()
     results = manager.dict()
     torch.multiprocessing.spawn(
-        _train_a_step, (tmp_path / "store", PartialMixedOp, results), nprocs=2
+        train_a_step, (tmp_path / "store", PartialMixedOp, results), nprocs=2
     )
     torch.manual_seed(0)
     op = PartialMixedOp(8, 2)
