@@ -48,7 +48,7 @@ def results():
                     found[f"{name}-{case}"] = [y.detach(), *grads]
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
-        for weight in (1.0, 0.3, 1.0 + 2.0**-12, 2.0**-11):
+        for weight in (1.0, 0.3, 1.5, 1.0 + 2.0**-12, 2.0**-11):
             found[f"rounding-{cases.ids(dtype)}-{weight}"] = [
                 ops.mixed_sum([bits.view(dtype)], [weight])
             ]

@@ -192,7 +192,7 @@ def test_one_hot_weights_return_the_input_bitwise(dtype, layout, device):
     assert alone.data_ptr() != xs[0].data_ptr(), "the output must be a tensor of its own"
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.3, 1.0 + 2.0**-12, 2.0**-11])
+@pytest.mark.parametrize("weight", [1.0, 0.3, 1.5, 1.0 + 2.0**-12, 2.0**-11])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=cases.ids)
 def test_every_half_is_read_and_rounded_as_ieee_says(dtype, weight, device):
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)

@@ -170,7 +170,8 @@ def samples(device):
                 (grad, xs, w4, c3, c3 + 1, *tail, [1, 1, 0, 1], True),
             )
             for h, w in ((4, 5), (8, 10)):
-                rest = tensors(1, (2, 6, h, w), device, dtypes[-1:], layouts[-1:])[0]
+                dtype = F32 if h == 8 else dtypes[-1]  # wider than the candidates', or as they are
+                rest = tensors(1, (2, 6, h, w), device, (dtype,), layouts[-1:])[0]
                 wide = tensors(1, (2, 9, 4, 5), device, (grad.dtype,), layouts)[0]
                 yield f"{name}-{h}", "partial_channel_mix", (rest, xs, w4, 3, *norm_tail(3, device))
                 arguments = (wide, rest, [h, w], xs, w4, 3, c3, c3 + 1, *tail)

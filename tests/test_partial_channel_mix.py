@@ -173,11 +173,13 @@ def test_one_hot_on_none_at_stride_two_is_the_pooled_bypass_bitwise(layout, devi
 
 
 @pytest.mark.parametrize(("channels", "k"), [(16, 4), (12, 2), (12, 3), (4, 4), (51, 17)])
-def test_shuffle_index_and_inverse(channels, k, device):
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_shuffle_index_and_inverse(layout, channels, k, device):
     x = torch.arange(channels, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+    x = cases.laid_out(x.expand(1, channels, 2, 3), layout)
     c = channels // k
     y = partial_channel_mix(x, [x[:, :c]], [1.0], k)
-    assert y.flatten().tolist() == [(o % k) * c + o // k for o in range(channels)]
+    assert y[0, :, 1, 2].tolist() == [(o % k) * c + o // k for o in range(channels)]
     if c >= 2:
         back = partial_channel_mix(y, [y[:, :k]], [1.0], c)
         assert_bitwise(back, x)
