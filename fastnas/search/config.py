@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
 from fastnas.data import DEFAULT, Augment
 from fastnas.methods import METHODS, MethodOptions
@@ -104,7 +105,9 @@ class SearchConfig:
     log_every: int = 10
     """Iterations between two reports of progress."""
 
-    options: MethodOptions = field(default_factory=MethodOptions)
+    options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = field(
+        default_factory=MethodOptions
+    )
     """Options of the method; where none are given, those of its demo."""
 
     def __post_init__(self) -> None:
