@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastnas.ops.reference import BATCH, PLAIN, RUNNING
 
@@ -25,6 +25,16 @@ class Norm(Protocol):
     training: bool
 
 
+class Update(NamedTuple):
+    """Row k of the statistics goes into these running ones."""
+
+    k: int
+    mean: Tensor
+    var: Tensor
+    counter: Tensor | None
+    momentum: float | None
+
+
 class NormArguments(NamedTuple):
     """``kinds``, ``eps``, ``affine``: one entry per candidate; lists: of those that have one."""
 
@@ -35,7 +45,22 @@ class NormArguments(NamedTuple):
     betas: list[Tensor]
     running_means: list[Tensor]
     running_vars: list[Tensor]
-    updates: list[int]
+    updates: list[Update]
+
+
+_TORCH_NORMS = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
+
+
+def _tensors(norm: Norm) -> tuple[Tensor | None, ...]:
+    """Weight, bias, running mean, running variance and counter."""
+    if type(norm) in _TORCH_NORMS:
+        # Straight from where a module keeps them: by attribute these five reads of every norm cost
+        # more than a small call's kernels.
+        module: Any = norm
+        p, b = module._parameters, module._buffers
+        mean, var, counter = b["running_mean"], b["running_var"], b["num_batches_tracked"]
+        return p["weight"], p["bias"], mean, var, counter
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 
 def gather_norms(
@@ -50,6 +75,7 @@ def gather_norms(
     if xs[0].dim() < 2:
         raise ValueError(f"{op}: expected inputs of shape (N, C, ...), but got {list(xs[0].shape)}")
     channels = xs[0].shape[1]
+    shape = (channels,)
     out = NormArguments((), (), (), [], [], [], [], [])
     kinds, eps, affine = [], [], []
     for k, norm in enumerate(norms):
@@ -59,27 +85,26 @@ def gather_norms(
             affine.append(False)
             continue
         train = norm.training if training is None else training
-        mean, var = norm.running_mean, norm.running_var
+        weight, bias, mean, var, counter = _tensors(norm)
         if train or mean is None or var is None:
             kinds.append(BATCH)
             if train and mean is not None and getattr(norm, "track_running_stats", True):
-                out.updates.append(k)
+                assert var is not None
+                out.updates.append(Update(k, mean, var, counter, norm.momentum))
         else:
             kinds.append(RUNNING)
             out.running_means.append(mean)
             out.running_vars.append(var)
         eps.append(norm.eps)
-        affine.append(norm.weight is not None)
-        if norm.weight is not None:
-            out.gammas.append(norm.weight)
-            out.betas.append(norm.bias if norm.bias is not None else torch.zeros_like(norm.weight))
-        for name in ("weight", "running_mean"):
-            t = getattr(norm, name)
-            if t is not None and t.shape != (channels,):
+        affine.append(weight is not None)
+        if weight is not None:
+            out.gammas.append(weight)
+            out.betas.append(torch.zeros_like(weight) if bias is None else bias)
+        for name, t in (("weight", weight), ("running_mean", mean)):
+            if t is not None and t.shape != shape:
                 raise ValueError(
                     f"{op}: expected norms[{k}].{name} of shape [{channels}] like the inputs' "
-                    f"channels, "
-                    f"but got {list(t.shape)}"
+                    f"channels, but got {list(t.shape)}"
                 )
     count = xs[0].numel() // max(channels, 1)
     if count == 1 and BATCH in kinds:
@@ -98,41 +123,39 @@ def spread(affine: Sequence[bool], present: Sequence[Tensor]) -> list[Tensor | N
 
 @torch.no_grad()
 def update_running_statistics(
-    norms: Sequence[Norm | None], updates: Sequence[int], mean: Tensor, var: Tensor, count: int
+    updates: Sequence[Update], mean: Tensor, var: Tensor, count: int
 ) -> None:
-    """Move statistics and counters of ``norms[k]``, k in updates, as one BatchNorm step does.
+    """Move running statistics and counters as one BatchNorm step does.
 
     Args:
-        norms: the normalisations of all candidates.
-        updates: which of them are in training and keep statistics.
+        updates: those of the norms that are in training and keep statistics.
         mean: ``(K, C)`` batch means.
         var: ``(K, C)`` biased batch variances; the running one takes the unbiased.
         count: values per channel.
     """
-    updated: list[Any] = [norms[k] for k in updates]  # all keep statistics: see gather_norms
-    counters = [n.num_batches_tracked for n in updated if n.num_batches_tracked is not None]
+    counters = [u.counter for u in updates if u.counter is not None]
     if counters:
         torch._foreach_add_(counters, 1)
     if not updates or count == 0:  # an empty batch is counted, and leaves no statistics
         return
-    unbiased = var * (count / (count - 1))
-    used = [(norm, mean[k], unbiased[k]) for norm, k in zip(updated, updates, strict=True)]
-    momentum = {n.momentum for n, _, _ in used}
-    dtypes = {n.running_mean.dtype for n, _, _ in used}
-    if len(momentum) == 1 and dtypes == {mean.dtype} and (m := momentum.pop()) is not None:
+    means, variances = mean.unbind(0), (var * (count / (count - 1))).unbind(0)
+    first = updates[0]
+    if first.momentum is not None and all(
+        u.momentum == first.momentum and u.mean.dtype == mean.dtype for u in updates
+    ):
         torch._foreach_lerp_(
-            [n.running_mean for n, _, _ in used] + [n.running_var for n, _, _ in used],
-            [m_k for _, m_k, _ in used] + [v_k for _, _, v_k in used],
-            m,
+            [u.mean for u in updates] + [u.var for u in updates],
+            [means[u.k] for u in updates] + [variances[u.k] for u in updates],
+            first.momentum,
         )
         return
-    for norm, m_k, v_k in used:
-        # momentum None is a cumulative average: the factor stays a tensor, reading it would wait
-        # for the device.
-        factor = norm.momentum
-        for running, new in ((norm.running_mean, m_k), (norm.running_var, v_k)):
-            if factor is None:
-                weight: Any = norm.num_batches_tracked.to(running.dtype).reciprocal()
+    for u in updates:
+        for running, new in ((u.mean, means[u.k]), (u.var, variances[u.k])):
+            if u.momentum is None:
+                # A cumulative average: the factor stays a tensor, reading it would wait for the
+                # device.
+                assert u.counter is not None
+                factor: Any = u.counter.to(running.dtype).reciprocal()
             else:
-                weight = factor
-            running.lerp_(new.to(running.dtype), weight)
+                factor = u.momentum
+            running.lerp_(new.to(running.dtype), factor)

@@ -58,7 +58,7 @@ def mixed_batch_norm(
     )
     if n.updates:
         count = xs[0].numel() // max(xs[0].shape[1], 1)
-        update_running_statistics(norms, n.updates, mean, var, count)
+        update_running_statistics(n.updates, mean, var, count)
     return y
 
 

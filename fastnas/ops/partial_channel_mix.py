@@ -76,7 +76,7 @@ def partial_channel_mix(
     )  # fmt: skip
     if n.updates:
         count = xs[0].numel() // max(xs[0].shape[1], 1)
-        update_running_statistics(norms, n.updates, mean, var, count)
+        update_running_statistics(n.updates, mean, var, count)
     return y
 
 
