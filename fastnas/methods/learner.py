@@ -80,11 +80,10 @@ class Learner:
         loss, outcome = self.forward(batch, weights)
         self.weight_optimizer.zero_grad(set_to_none=True)
         self._scaled(loss).backward()
-        parameters = list(self.supernet.parameters())
         if self.scaler is not None:
             self.scaler.unscale_(self.weight_optimizer)
         if self.grad_clip > 0:
-            nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+            nn.utils.clip_grad_norm_(parameters_of(self.weight_optimizer), self.grad_clip)
         if self.scaler is None:
             self.weight_optimizer.step()
         else:
@@ -99,7 +98,7 @@ class Learner:
 
         The weights do not require gradients here, so nothing is stored or computed for theirs.
         """
-        with frozen(self.supernet):
+        with frozen(parameters_of(self.weight_optimizer)):
             loss, outcome = self.forward(batch, self.method.weights(self.arch, moment))
             loss = self.method.objective(loss, self.arch, moment)
             gradient = self.gradient(loss, list(self.arch.parameters()))
@@ -139,16 +138,21 @@ class Learner:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters an optimizer steps; quicker than walking the modules of a supernet."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 @contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Within the block the parameters of ``module`` do not require gradients."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for parameter in parameters:
+def frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block none of the parameters requires a gradient."""
+    trained = [p for p in parameters if p.requires_grad]
+    for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in parameters:
+        for parameter in trained:
             parameter.requires_grad_(True)
 
 
