@@ -142,6 +142,12 @@ def stock(xs, weights, norms=None):
     return y
 
 
+def shuffled(z, k):
+    """Upstream's channel shuffle."""
+    n, channels, h, w = z.shape
+    return z.view(n, k, channels // k, h, w).transpose(1, 2).contiguous().view(n, channels, h, w)
+
+
 def like_output(y, seed=99):
     """An upstream gradient in the dtype and layout of ``y``."""
     return torch.empty_like(y).copy_(make(y.shape, y.dtype, device=y.device, seed=seed))
