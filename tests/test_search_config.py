@@ -118,7 +118,7 @@ def test_json_from_elsewhere(fields: object, message: str) -> None:
         ({"lr": float("nan")}, "lr: expected at least 0, but got nan"),
         ({"seed": -1}, "seed: expected at least 0, but got -1"),
         ({"weight_share": 1.0}, "weight_share: expected more than 0 and less than 1"),
-        ({"weight_share": 0.9}, "expected a sum of at most 1, but got 0.9 and 0.2"),
+        ({"weight_share": 0.9}, "expected a sum of at most 1, but got 0.9 and 0.16"),
         ({"arch_betas": (0.5, 1.0)}, r"arch_betas: expected 0 <= beta < 1"),
         ({"out": None, "resume": True}, "resume: expected a folder in out"),
         ({"method": "pcdarts"}, "method: unknown name 'pcdarts', known are darts, pc_darts"),

@@ -47,7 +47,7 @@ class SearchConfig:
     stem: Literal["cifar", "imagenet"] = "cifar"
     """First layers: cifar keeps the image size, imagenet divides it by eight."""
 
-    epochs: int = 5
+    epochs: int = 4
     """Passes over the half of the images that the weights are trained on."""
     batch_size: int = 32
     """Images in a batch of the weights, and in one of the architecture."""
@@ -75,9 +75,9 @@ class SearchConfig:
     arch_warmup_epochs: int = 1
     """First epochs in which only the weights are trained."""
 
-    weight_share: float = 0.2
+    weight_share: float = 0.16
     """Share of the training images that the weights are trained on."""
-    arch_share: float = 0.2
+    arch_share: float = 0.16
     """Share of the training images that the architecture is trained on."""
     split: Literal["auto", "order", "random"] = "auto"
     """Which images these are: order takes the first and the last ones, as DARTS does; random
