@@ -47,12 +47,13 @@ def simt():
     ],
 )
 def test_passes_the_tests_of_the_op(op, simt):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "simt.plugin", "-p", "no:cacheprovider"]
+    # Not -m pytest: that would put the folder it starts in, and fastnas if it is there, first.
+    run = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", run, "-q", "-p", "simt.plugin", "-p", "no:cacheprovider"]
     command += [str(TESTS / f"test_{op}.py"), "-k", LEFT_OUT.get(op, "test")]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "FASTNAS_TEST_DEVICE": "cpu"}
-    done = subprocess.run(
-        command, cwd=TESTS.parent, env=environment, capture_output=True, text=True
-    )
+    path = os.pathsep.join([str(TESTS), os.environ["PYTHONPATH"]])
+    environment = {**os.environ, "PYTHONPATH": path, "FASTNAS_TEST_DEVICE": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
