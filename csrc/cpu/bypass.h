@@ -10,9 +10,9 @@
 namespace fastnas {
 
 struct Bypass {
-  int64_t N, c, k;       // batch, processed channels, groups
-  int64_t H, W;          // of rest
-  int64_t oh, ow;        // of the output: H x W, or half of each, rounded down
+  int64_t N, c, k;         // batch, processed channels, groups
+  int64_t H, W;            // of rest
+  int64_t oh, ow;          // of the output: H x W, or half of each, rounded down
   int64_t sn, sc, sh, sw;  // strides of rest in elements
 
   bool pooled() const { return oh != H || ow != W; }
@@ -23,16 +23,16 @@ struct Bypass {
 // Which of a 2x2 window max_pool2d picks: the first largest, or the last NaN. Its row is the result / 2.
 template <typename T>
 inline int64_t largest(const T* p, int64_t sh, int64_t sw) {
-  int64_t best = 0;
-  acc_type<T> top = to_acc(p[0]);
-  for (int64_t i = 1; i < 4; ++i) {
-    const acc_type<T> v = to_acc(p[i / 2 * sh + i % 2 * sw]);
-    if (v > top || v != v) {
-      top = v;
-      best = i;
-    }
+  const acc_type<T> v[4] = {to_acc(p[0]), to_acc(p[sw]), to_acc(p[sh]), to_acc(p[sh + sw])};
+  if (__builtin_expect((v[0] != v[0]) | (v[1] != v[1]) | (v[2] != v[2]) | (v[3] != v[3]), 0)) {
+    int64_t last = 3;
+    while (v[last] == v[last]) --last;
+    return last;
   }
-  return best;
+  // No branches: which of four values wins cannot be predicted.
+  const acc_type<T> above = v[1] > v[0] ? v[1] : v[0], below = v[3] > v[2] ? v[3] : v[2];
+  const int64_t right = v[1] > v[0], right_below = v[3] > v[2], lower = below > above;
+  return 2 * lower + (lower & right_below) + ((1 - lower) & right);
 }
 
 template <typename T>
@@ -129,7 +129,8 @@ void bypass_columns_backward(const Bypass& b, const T* grad, const T* rest, T* d
               d[w * R + j] = g[r * b.k + q];
               continue;
             }
-            const int64_t i = largest(rest + n * b.sn + 2 * h * b.sh + 2 * w * b.sw + j * b.sc, b.sh, b.sw);
+            const int64_t i =
+                largest(rest + n * b.sn + 2 * h * b.sh + 2 * w * b.sw + j * b.sc, b.sh, b.sw);
             d[(i / 2 * b.W + 2 * w + i % 2) * R + j] = g[r * b.k + q];
           }
     }
