@@ -13,7 +13,9 @@ namespace fastnas {
 
 constexpr int64_t kMaxCandidates = 64;
 
-inline at::ScalarType accumulate_dtype(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType accumulate_dtype(at::ScalarType t) {
+  return t == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 // The format outputs take after x: channels_last if its channels are innermost, else contiguous.
 inline at::MemoryFormat memory_format(const at::Tensor& x) {
@@ -24,31 +26,35 @@ inline at::MemoryFormat memory_format(const at::Tensor& x) {
 
 inline void check_floating(const char* op, const char* name, const at::Tensor& x) {
   const at::ScalarType t = x.scalar_type();
-  TORCH_CHECK_TYPE(t == at::kFloat || t == at::kDouble || t == at::kHalf || t == at::kBFloat16, op, ": expected ",
-                   name, " to be float32, float64, float16 or bfloat16, but got ", t);
+  TORCH_CHECK_TYPE(t == at::kFloat || t == at::kDouble || t == at::kHalf || t == at::kBFloat16, op,
+                   ": expected ", name, " to be float32, float64, float16 or bfloat16, but got ",
+                   t);
 }
 
 // 1 to 64 floating-point tensors of one shape on the device of `like`.
 inline void check_inputs(const char* op, at::TensorList xs, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(!xs.empty() && static_cast<int64_t>(xs.size()) <= kMaxCandidates, op, ": expected 1 to ",
-                    kMaxCandidates, " tensors in xs, but got ", xs.size());
+  TORCH_CHECK_VALUE(!xs.empty() && static_cast<int64_t>(xs.size()) <= kMaxCandidates, op,
+                    ": expected 1 to ", kMaxCandidates, " tensors in xs, but got ", xs.size());
   for (size_t k = 0; k < xs.size(); ++k) {
     check_floating(op, "inputs", xs[k]);
-    TORCH_CHECK_VALUE(xs[k].sizes() == xs[0].sizes(), op, ": expected all inputs of one shape, but xs[", k, "] is ",
-                      xs[k].sizes(), " and xs[0] is ", xs[0].sizes());
-    TORCH_CHECK_VALUE(xs[k].device() == like.device(), op, ": expected all inputs on one device, but xs[", k,
-                      "] is on ", xs[k].device(), " and not on ", like.device());
+    TORCH_CHECK_VALUE(xs[k].sizes() == xs[0].sizes(), op,
+                      ": expected all inputs of one shape, but xs[", k, "] is ", xs[k].sizes(),
+                      " and xs[0] is ", xs[0].sizes());
+    TORCH_CHECK_VALUE(xs[k].device() == like.device(), op,
+                      ": expected all inputs on one device, but xs[", k, "] is on ", xs[k].device(),
+                      " and not on ", like.device());
   }
 }
 
 // Inputs of a backward: of the given shape, or without elements where the forward did not keep them.
-inline void check_saved(const char* op, at::TensorList xs, at::IntArrayRef shape, const at::Tensor& like) {
+inline void check_saved(const char* op, at::TensorList xs, at::IntArrayRef shape,
+                        const at::Tensor& like) {
   for (size_t k = 0; k < xs.size(); ++k) {
     if (xs[k].numel() == 0) continue;
     check_floating(op, "inputs", xs[k]);
-    TORCH_CHECK_VALUE(xs[k].sizes() == shape && xs[k].device() == like.device(), op, ": expected xs[", k,
-                      "] of shape ", shape, " on ", like.device(), " or empty, but got ", xs[k].sizes(), " on ",
-                      xs[k].device());
+    TORCH_CHECK_VALUE(xs[k].sizes() == shape && xs[k].device() == like.device(), op,
+                      ": expected xs[", k, "] of shape ", shape, " on ", like.device(),
+                      " or empty, but got ", xs[k].sizes(), " on ", xs[k].device());
   }
 }
 
@@ -58,10 +64,11 @@ inline at::ScalarType result_dtype(at::TensorList xs) {
   return t;
 }
 
-inline void check_weights(const char* op, const at::Tensor& weights, size_t count, const at::Tensor& like) {
+inline void check_weights(const char* op, const at::Tensor& weights, size_t count,
+                          const at::Tensor& like) {
   TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == static_cast<int64_t>(count), op,
-                    ": expected one weight per input, but got ", count, " inputs and weights of shape ",
-                    weights.sizes());
+                    ": expected one weight per input, but got ", count,
+                    " inputs and weights of shape ", weights.sizes());
   TORCH_CHECK_VALUE(weights.device() == like.device(), op, ": expected weights on ", like.device(),
                     " like the inputs, but got ", weights.device());
   check_floating(op, "weights", weights);
@@ -72,7 +79,8 @@ inline at::Tensor as_operand(const at::Tensor& x, at::ScalarType dtype, at::Memo
   return x.to(dtype).contiguous(format);
 }
 
-inline std::vector<at::Tensor> as_operands(at::TensorList xs, at::ScalarType dtype, at::MemoryFormat format) {
+inline std::vector<at::Tensor> as_operands(at::TensorList xs, at::ScalarType dtype,
+                                           at::MemoryFormat format) {
   std::vector<at::Tensor> out;
   out.reserve(xs.size());
   for (const at::Tensor& x : xs) out.push_back(x.numel() ? as_operand(x, dtype, format) : x);

@@ -6,27 +6,39 @@
 TORCH_LIBRARY(fastnas, m) {
   m.def("mixed_sum(Tensor[] xs, Tensor weights) -> Tensor");
   m.def(
-      "mixed_sum_backward(Tensor grad, Tensor[] xs, Tensor weights, int[] need_xs, bool need_weights) "
+      "mixed_sum_backward(Tensor grad, Tensor[] xs, Tensor weights, int[] need_xs, bool "
+      "need_weights) "
       "-> (Tensor[], Tensor)");
 
   // kinds[k]: 0 plain, 1 normalised by the statistics of the batch, 2 by running ones.
   m.def(
-      "mixed_batch_norm(Tensor[] xs, Tensor weights, int[] kinds, float[] eps, int[] affine, Tensor[] gammas, "
+      "mixed_batch_norm(Tensor[] xs, Tensor weights, int[] kinds, float[] eps, int[] affine, "
+      "Tensor[] gammas, "
       "Tensor[] betas, Tensor[] running_means, Tensor[] running_vars) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "mixed_batch_norm_backward(Tensor grad, Tensor[] xs, Tensor weights, Tensor mean, Tensor var, int[] kinds, "
-      "float[] eps, int[] affine, Tensor[] gammas, Tensor[] betas, int[] need_xs, bool need_weights) "
+      "mixed_batch_norm_backward(Tensor grad, Tensor[] xs, Tensor weights, Tensor mean, Tensor "
+      "var, int[] kinds, "
+      "float[] eps, int[] affine, Tensor[] gammas, Tensor[] betas, int[] need_xs, bool "
+      "need_weights) "
       "-> (Tensor[], Tensor, Tensor, Tensor)");
 
   m.def(
-      "partial_channel_mix(Tensor rest, Tensor[] xs, Tensor weights, int k, int[] kinds, float[] eps, "
-      "int[] affine, Tensor[] gammas, Tensor[] betas, Tensor[] running_means, Tensor[] running_vars) "
+      "partial_channel_mix(Tensor rest, Tensor[] xs, Tensor weights, int k, int[] kinds, float[] "
+      "eps, "
+      "int[] affine, Tensor[] gammas, Tensor[] betas, Tensor[] running_means, Tensor[] "
+      "running_vars) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "partial_channel_mix_backward(Tensor grad, Tensor rest, int[] rest_size, Tensor[] xs, Tensor weights, int k, "
-      "Tensor mean, Tensor var, int[] kinds, float[] eps, int[] affine, Tensor[] gammas, Tensor[] betas, "
-      "bool need_rest, int[] need_xs, bool need_weights) -> (Tensor, Tensor[], Tensor, Tensor, Tensor)");
+      "partial_channel_mix_backward(Tensor grad, Tensor rest, int[] rest_size, Tensor[] xs, Tensor "
+      "weights, int k, "
+      "Tensor mean, Tensor var, int[] kinds, float[] eps, int[] affine, Tensor[] gammas, Tensor[] "
+      "betas, "
+      "bool need_rest, int[] need_xs, bool need_weights) -> (Tensor, Tensor[], Tensor, Tensor, "
+      "Tensor)");
 
-  m.def("sample_paths(Tensor logits, Tensor? counts, int seed, int step, bool two) -> (Tensor, Tensor, Tensor)");
-  m.def("gate_gradient(Tensor grad_output, Tensor[] outputs, Tensor probs, int[] present) -> Tensor");
+  m.def(
+      "sample_paths(Tensor logits, Tensor? counts, int seed, int step, bool two) -> (Tensor, "
+      "Tensor, Tensor)");
+  m.def(
+      "gate_gradient(Tensor grad_output, Tensor[] outputs, Tensor probs, int[] present) -> Tensor");
 }

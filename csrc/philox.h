@@ -46,9 +46,18 @@ FASTNAS_HOST_DEVICE inline double exp_nonpositive(double x) {
   double r = fma(n, -6.93147180369123816490e-01, x);
   r = fma(n, -1.90821492927058770002e-10, r);
   double p = 1.0 / 6227020800.0;
-  const double inverse_factorial[13] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
-                                        1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,     1.0 / 120.0,
-                                        1.0 / 24.0,        1.0 / 6.0,        0.5,             1.0,
+  const double inverse_factorial[13] = {1.0 / 479001600.0,
+                                        1.0 / 39916800.0,
+                                        1.0 / 3628800.0,
+                                        1.0 / 362880.0,
+                                        1.0 / 40320.0,
+                                        1.0 / 5040.0,
+                                        1.0 / 720.0,
+                                        1.0 / 120.0,
+                                        1.0 / 24.0,
+                                        1.0 / 6.0,
+                                        0.5,
+                                        1.0,
                                         1.0};
   for (int i = 0; i < 13; ++i) p = fma(p, r, inverse_factorial[i]);
   const uint64_t bits = static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52;
@@ -64,7 +73,8 @@ constexpr int64_t kMassUnit = int64_t{1} << 24;
 FASTNAS_HOST_DEVICE inline int64_t path_mass(double logit, double top) {
   if (!(logit > -INFINITY)) return 0;
   if (logit == top) return kMassUnit;
-  const int64_t mass = static_cast<int64_t>(rint(exp_nonpositive(logit - top) * static_cast<double>(kMassUnit)));
+  const int64_t mass =
+      static_cast<int64_t>(rint(exp_nonpositive(logit - top) * static_cast<double>(kMassUnit)));
   return mass < 1 ? 1 : mass;
 }
 
@@ -79,7 +89,8 @@ FASTNAS_HOST_DEVICE inline int64_t draw(Mass mass, int64_t count, uint32_t word)
   int64_t total = 0;
   for (int64_t k = 0; k < count; ++k) total += mass(k);
   if (total == 0) return -1;
-  const int64_t threshold = static_cast<int64_t>((static_cast<uint64_t>(word) * static_cast<uint64_t>(total)) >> 32);
+  const int64_t threshold =
+      static_cast<int64_t>((static_cast<uint64_t>(word) * static_cast<uint64_t>(total)) >> 32);
   int64_t k = 0;
   for (int64_t sum = mass(0); sum <= threshold; sum += mass(k)) ++k;
   return k;
@@ -87,12 +98,13 @@ FASTNAS_HOST_DEVICE inline int64_t draw(Mass mass, int64_t count, uint32_t word)
 
 // The draw of one edge from masses: mass(k) for k < count.
 template <typename Mass>
-FASTNAS_HOST_DEVICE inline Path choose_path(Mass mass, int64_t count, uint64_t seed, uint64_t step, uint32_t edge,
-                                            bool two) {
+FASTNAS_HOST_DEVICE inline Path choose_path(Mass mass, int64_t count, uint64_t seed, uint64_t step,
+                                            uint32_t edge, bool two) {
   const Words words = edge_words(seed, step, edge);
   const int64_t first = draw(mass, count, words.w[0]);
   if (!two || first < 0) return {first, -1};
-  const int64_t second = draw([&](int64_t k) { return k == first ? int64_t{0} : mass(k); }, count, words.w[1]);
+  const int64_t second =
+      draw([&](int64_t k) { return k == first ? int64_t{0} : mass(k); }, count, words.w[1]);
   if (second < 0) return {first, -1};
   const uint64_t m = mass(first), pair = m + mass(second);
   const bool swap = ((words.w[2] * pair) >> 32) >= m;
@@ -101,12 +113,13 @@ FASTNAS_HOST_DEVICE inline Path choose_path(Mass mass, int64_t count, uint64_t s
 
 // The same from logit(k) as double for k < count.
 template <typename Logit>
-FASTNAS_HOST_DEVICE inline Path sample_path(Logit logit, int64_t count, uint64_t seed, uint64_t step, uint32_t edge,
-                                            bool two) {
+FASTNAS_HOST_DEVICE inline Path sample_path(Logit logit, int64_t count, uint64_t seed,
+                                            uint64_t step, uint32_t edge, bool two) {
   double top = -INFINITY;
   for (int64_t k = 0; k < count; ++k)
     if (logit(k) > top) top = logit(k);
-  return choose_path([&](int64_t k) { return path_mass(logit(k), top); }, count, seed, step, edge, two);
+  return choose_path([&](int64_t k) { return path_mass(logit(k), top); }, count, seed, step, edge,
+                     two);
 }
 
 }  // namespace fastnas

@@ -24,7 +24,8 @@ void dispatch(const char* op, at::ScalarType dtype, F&& f) {
     case at::kHalf:
       return f(Half{});
     default:
-      TORCH_CHECK_TYPE(false, op, ": expected float32, float64, float16 or bfloat16, but got ", dtype);
+      TORCH_CHECK_TYPE(false, op, ": expected float32, float64, float16 or bfloat16, but got ",
+                       dtype);
   }
 }
 

@@ -12,8 +12,10 @@
 
 namespace fastnas {
 
-constexpr int64_t kTaskElements = 16384;  // of each operand: enough work for a thread, few enough sums for float
-constexpr int64_t kBlockElements = 2048;  // of each operand: what passes through a buffer in the first-level cache
+constexpr int64_t kTaskElements =
+    16384;  // of each operand: enough work for a thread, few enough sums for float
+constexpr int64_t kBlockElements =
+    2048;  // of each operand: what passes through a buffer in the first-level cache
 
 // Operands (N, C, ...) of S values a plane, either plane after plane or with the channels innermost.
 struct Layout {
@@ -46,7 +48,8 @@ class Mix {
   explicit Mix(Layout layout)
       : layout_(layout),
         kernels_(range_kernels<T>()),
-        period_(layout.columns ? std::lcm(std::max<int64_t>(layout.C, 1), int64_t{kernels_.lanes}) : kernels_.lanes) {
+        period_(layout.columns ? std::lcm(std::max<int64_t>(layout.C, 1), int64_t{kernels_.lanes})
+                               : kernels_.lanes) {
     const int64_t C = std::max<int64_t>(layout.C, 1), S = std::max<int64_t>(layout.S, 1);
     block_ = std::max<int64_t>(kBlockElements / period_, 1) * period_;
     if (layout.columns) {
@@ -76,11 +79,13 @@ class Mix {
 
   // Mean and biased variance of every channel of each x that is not null: [K][C]. A task takes its mean first and the
   // deviations from it while its values are still in the cache; tasks are folded in double.
-  void statistics(const std::vector<const T*>& xs, std::vector<double>& mean, std::vector<double>& var) const {
+  void statistics(const std::vector<const T*>& xs, std::vector<double>& mean,
+                  std::vector<double>& var) const {
     const int64_t C = layout_.C, K = xs.size();
     std::vector<double> partial(K * tasks_ * width_ * 2);
     parallel(K * tasks_, 1, [&](int64_t unit) {
-      if (const T* x = xs[unit / tasks_]) task_statistics(x, unit % tasks_, partial.data() + unit * width_ * 2);
+      if (const T* x = xs[unit / tasks_])
+        task_statistics(x, unit % tasks_, partial.data() + unit * width_ * 2);
     });
     for (int64_t k = 0; k < K; ++k) {
       if (!xs[k]) continue;
@@ -112,7 +117,8 @@ class Mix {
       pieces(task, gathers(y), [&](int64_t begin, int64_t n, int64_t c, int64_t slice) {
         for (int64_t k = 0; k < K; ++k) at[k] = xs[k] + begin;
         T* out = gathers(y) ? buffer.data() : layout_.columns ? y.data + begin : plane(y, slice, c);
-        kernels_.combine(at.data(), K, out, n, a.data() + c * K * period_, b.data() + c * period_, period_);
+        kernels_.combine(at.data(), K, out, n, a.data() + c * K * period_, b.data() + c * period_,
+                         period_);
         if (!gathers(y)) return;
         const int64_t C = layout_.C, first = begin / C, pixels = n / C;
         for (int64_t p = 0; p < pixels; ++p) {
@@ -139,7 +145,8 @@ class Mix {
         for (int64_t k = 0; k < K; ++k) at[k] = xs[k] ? xs[k] + begin : nullptr;
         const T* gp = gradient_piece(g, begin, n, c, slice, buffer);
         acc_t* sum = acc.data() + (layout_.columns ? 0 : c - first) * tile;
-        kernels_.reduce(gp, at.data(), K, n, m.data() + c * K * period_, sum, sum + period_, period_);
+        kernels_.reduce(gp, at.data(), K, n, m.data() + c * K * period_, sum, sum + period_,
+                        period_);
       });
       double* out = partial.data() + task * (K + 1) * width_;
       for (int64_t k = 0; k <= K; ++k) fold(acc.data() + k * period_, tile, out + k * width_);
@@ -148,14 +155,15 @@ class Mix {
       const Range r = range(task);
       for (int64_t k = 0; k <= K; ++k)
         for (int64_t c = r.c0; c < r.c1; ++c)
-          (k == 0 ? sums[c] : dots[(k - 1) * C + c]) += partial[(task * (K + 1) + k) * width_ + c - r.c0];
+          (k == 0 ? sums[c] : dots[(k - 1) * C + c]) +=
+              partial[(task * (K + 1) + k) * width_ + c - r.c0];
     }
   }
 
   // dx_k = a_k g + b_k (x_k - centre_k) + c_k where x_k is given, a_k g where it is null.
   void gradients(Slot<const T> g, const std::vector<const T*>& xs, const std::vector<T*>& dxs,
-                 const std::vector<double>& a, const std::vector<double>& b, const std::vector<double>& c,
-                 const std::vector<double>& centre) const {
+                 const std::vector<double>& a, const std::vector<double>& b,
+                 const std::vector<double>& c, const std::vector<double>& centre) const {
     const int64_t K = xs.size();
     const std::vector<acc_t> ta = table(a), tb = table(b), tc = table(c), tm = table(centre);
     parallel(tasks_, 2 * K, [&](int64_t task) {
@@ -169,16 +177,16 @@ class Mix {
         }
         const T* gp = gradient_piece(g, begin, n, channel, slice, buffer);
         const int64_t t = channel * K * period_;
-        kernels_.gradients(gp, at.data(), to.data(), K, n, ta.data() + t, tb.data() + t, tc.data() + t,
-                           tm.data() + t, period_);
+        kernels_.gradients(gp, at.data(), to.data(), K, n, ta.data() + t, tb.data() + t,
+                           tc.data() + t, tm.data() + t, period_);
       });
     });
   }
 
  private:
   struct Range {
-    int64_t n0, n1, c0, c1;    // images and channels of a task; columns: all channels, n in elements
-    double values;             // per channel
+    int64_t n0, n1, c0, c1;  // images and channels of a task; columns: all channels, n in elements
+    double values;           // per channel
   };
 
   Range range(int64_t task) const {
@@ -187,7 +195,8 @@ class Mix {
       const int64_t n0 = task * share_, n1 = std::min(n0 + share_, l.elements());
       return {n0, n1, 0, l.C, static_cast<double>((n1 - n0) / l.C)};
     }
-    const int64_t n0 = task / groups_ * share_, n1 = std::min(n0 + share_, l.N), c0 = task % groups_ * width_;
+    const int64_t n0 = task / groups_ * share_, n1 = std::min(n0 + share_, l.N),
+                  c0 = task % groups_ * width_;
     return {n0, n1, c0, std::min(c0 + width_, l.C), static_cast<double>((n1 - n0) * l.S)};
   }
 
@@ -196,7 +205,8 @@ class Mix {
 
   template <typename F>
   void parallel(int64_t units, int64_t operands, F&& f) const {
-    const int64_t each = share_ * (layout_.columns ? 1 : width_ * layout_.S) * std::max<int64_t>(operands, 1);
+    const int64_t each =
+        share_ * (layout_.columns ? 1 : width_ * layout_.S) * std::max<int64_t>(operands, 1);
     const int64_t grain = std::max<int64_t>(2 * kTaskElements / std::max<int64_t>(each, 1), 1);
     at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) f(u);
@@ -269,8 +279,8 @@ class Mix {
     return slot.data + (slice * slot.channels + c * slot.step) * layout_.S;
   }
 
-  const T* gradient_piece(const Slot<const T>& g, int64_t begin, int64_t n, int64_t c, int64_t slice,
-                          std::vector<T>& buffer) const {
+  const T* gradient_piece(const Slot<const T>& g, int64_t begin, int64_t n, int64_t c,
+                          int64_t slice, std::vector<T>& buffer) const {
     if (!layout_.columns) return plane(g, slice, c);
     if (!gathers(g)) return g.data + begin;
     const int64_t C = layout_.C, first = begin / C;

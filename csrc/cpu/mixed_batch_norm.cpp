@@ -7,14 +7,14 @@
 
 namespace fastnas {
 
-NormTable make_norm_table(const char* op, int64_t C, const at::Tensor& weights, at::IntArrayRef kinds,
-                          at::ArrayRef<double> eps, at::IntArrayRef affine, at::TensorList gammas,
-                          at::TensorList betas) {
+NormTable make_norm_table(const char* op, int64_t C, const at::Tensor& weights,
+                          at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
+                          at::TensorList gammas, at::TensorList betas) {
   const int64_t K = kinds.size();
   TORCH_CHECK_VALUE(weights.size(0) == K && static_cast<int64_t>(eps.size()) == K &&
                         static_cast<int64_t>(affine.size()) == K && gammas.size() == betas.size(),
-                    op, ": expected kinds, eps and affine of one entry per input (", weights.size(0), "), but got ",
-                    K, ", ", eps.size(), " and ", affine.size());
+                    op, ": expected kinds, eps and affine of one entry per input (",
+                    weights.size(0), "), but got ", K, ", ", eps.size(), " and ", affine.size());
   NormTable t{K, C, kinds.vec(), to_doubles(weights), eps.vec(), {}, {}, {}, {}, {}};
   t.mean.assign(K * C, 0.0);
   t.var.assign(K * C, 1.0);
@@ -24,7 +24,8 @@ NormTable make_norm_table(const char* op, int64_t C, const at::Tensor& weights, 
   for (int64_t k = 0; k < K; ++k) {
     t.affine_row.push_back(affine[k] ? row : -1);
     if (!affine[k]) continue;
-    TORCH_CHECK_VALUE(row < static_cast<int64_t>(gammas.size()) && gammas[row].numel() == C && betas[row].numel() == C,
+    TORCH_CHECK_VALUE(row < static_cast<int64_t>(gammas.size()) && gammas[row].numel() == C &&
+                          betas[row].numel() == C,
                       op, ": expected a gamma and a beta of ", C, " values for each affine norm");
     const std::vector<double> gamma = to_doubles(gammas[row]), beta = to_doubles(betas[row]);
     std::copy(gamma.begin(), gamma.end(), t.gamma.begin() + k * C);
@@ -34,12 +35,15 @@ NormTable make_norm_table(const char* op, int64_t C, const at::Tensor& weights, 
   return t;
 }
 
-void set_running_statistics(const char* op, NormTable& t, at::TensorList means, at::TensorList vars) {
+void set_running_statistics(const char* op, NormTable& t, at::TensorList means,
+                            at::TensorList vars) {
   size_t row = 0;
   for (int64_t k = 0; k < t.K; ++k) {
     if (t.kinds[k] != kRunning) continue;
-    TORCH_CHECK_VALUE(row < means.size() && row < vars.size() && means[row].numel() == t.C && vars[row].numel() == t.C,
-                      op, ": expected running statistics of ", t.C, " values for each norm in evaluation");
+    TORCH_CHECK_VALUE(row < means.size() && row < vars.size() && means[row].numel() == t.C &&
+                          vars[row].numel() == t.C,
+                      op, ": expected running statistics of ", t.C,
+                      " values for each norm in evaluation");
     const std::vector<double> mean = to_doubles(means[row]), var = to_doubles(vars[row]);
     std::copy(mean.begin(), mean.end(), t.mean.begin() + k * t.C);
     std::copy(var.begin(), var.end(), t.var.begin() + k * t.C);
@@ -48,8 +52,9 @@ void set_running_statistics(const char* op, NormTable& t, at::TensorList means, 
 }
 
 void set_statistics(const char* op, NormTable& t, const at::Tensor& mean, const at::Tensor& var) {
-  TORCH_CHECK_VALUE(mean.numel() == t.K * t.C && var.numel() == t.K * t.C, op, ": expected mean and var of shape [",
-                    t.K, ", ", t.C, "], but got ", mean.sizes(), " and ", var.sizes());
+  TORCH_CHECK_VALUE(mean.numel() == t.K * t.C && var.numel() == t.K * t.C, op,
+                    ": expected mean and var of shape [", t.K, ", ", t.C, "], but got ",
+                    mean.sizes(), " and ", var.sizes());
   t.mean = to_doubles(mean);
   t.var = to_doubles(var);
 }
@@ -106,12 +111,13 @@ BackwardCoefficients backward_coefficients(const NormTable& t, const std::vector
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm_cpu(
     at::TensorList xs, const at::Tensor& weights, at::IntArrayRef kinds, at::ArrayRef<double> eps,
-    at::IntArrayRef affine, at::TensorList gammas, at::TensorList betas, at::TensorList running_means,
-    at::TensorList running_vars) {
+    at::IntArrayRef affine, at::TensorList gammas, at::TensorList betas,
+    at::TensorList running_means, at::TensorList running_vars) {
   const char* op = "mixed_batch_norm";
   check_inputs(op, xs, weights);
   check_weights(op, weights, xs.size(), xs[0]);
-  TORCH_CHECK_VALUE(xs[0].dim() >= 2, op, ": expected inputs of shape (N, C, ...), but got ", xs[0].sizes());
+  TORCH_CHECK_VALUE(xs[0].dim() >= 2, op, ": expected inputs of shape (N, C, ...), but got ",
+                    xs[0].sizes());
   const at::ScalarType dtype = result_dtype(xs);
   const at::MemoryFormat format = memory_format(xs[0]);
   const std::vector<at::Tensor> operands = as_operands(xs, dtype, format);
@@ -134,17 +140,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm_cpu(
           from_doubles(table.var, {table.K, table.C}, weights.options())};
 }
 
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm_backward_cpu(
-    const at::Tensor& grad, at::TensorList xs, const at::Tensor& weights, const at::Tensor& mean,
-    const at::Tensor& var, at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
-    at::TensorList gammas, at::TensorList betas, at::IntArrayRef need_xs, bool need_weights) {
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor>
+mixed_batch_norm_backward_cpu(const at::Tensor& grad, at::TensorList xs, const at::Tensor& weights,
+                              const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef kinds,
+                              at::ArrayRef<double> eps, at::IntArrayRef affine,
+                              at::TensorList gammas, at::TensorList betas, at::IntArrayRef need_xs,
+                              bool need_weights) {
   const char* op = "mixed_batch_norm_backward";
   check_floating(op, "grad", grad);
-  TORCH_CHECK_VALUE(grad.dim() >= 2, op, ": expected grad of shape (N, C, ...), but got ", grad.sizes());
+  TORCH_CHECK_VALUE(grad.dim() >= 2, op, ": expected grad of shape (N, C, ...), but got ",
+                    grad.sizes());
   check_saved(op, xs, grad.sizes(), grad);
   check_weights(op, weights, xs.size(), grad);
-  TORCH_CHECK_VALUE(need_xs.size() == xs.size(), op, ": expected need_xs of one entry per input (", xs.size(),
-                    "), but got ", need_xs.size());
+  TORCH_CHECK_VALUE(need_xs.size() == xs.size(), op, ": expected need_xs of one entry per input (",
+                    xs.size(), "), but got ", need_xs.size());
   NormTable table = make_norm_table(op, grad.size(1), weights, kinds, eps, affine, gammas, betas);
   set_statistics(op, table, mean, var);
   const at::ScalarType dtype = grad.scalar_type();
@@ -168,7 +177,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor> mixed_ba
     for (int64_t k = 0, i = 0; k < table.K; ++k)
       if (need_xs[k]) dx[k] = static_cast<T*>(out.dxs[i++].mutable_data_ptr());
     const Slot<const T> slot{const_pointer<T>(g), layout.C, 1};
-    mix_backward(Mix<T>(layout), layout, slot, const_pointers<T>(operands), table, dx, out, weights, need_weights);
+    mix_backward(Mix<T>(layout), layout, slot, const_pointers<T>(operands), table, dx, out, weights,
+                 need_weights);
   });
   return {out.dxs, out.dw, out.dgamma, out.dbeta};
 }

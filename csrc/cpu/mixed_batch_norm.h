@@ -33,13 +33,15 @@ struct NormTable {
   }
 };
 
-NormTable make_norm_table(const char* op, int64_t C, const at::Tensor& weights, at::IntArrayRef kinds,
-                          at::ArrayRef<double> eps, at::IntArrayRef affine, at::TensorList gammas,
-                          at::TensorList betas);
+NormTable make_norm_table(const char* op, int64_t C, const at::Tensor& weights,
+                          at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
+                          at::TensorList gammas, at::TensorList betas);
 
-void set_running_statistics(const char* op, NormTable& table, at::TensorList means, at::TensorList vars);
+void set_running_statistics(const char* op, NormTable& table, at::TensorList means,
+                            at::TensorList vars);
 
-void set_statistics(const char* op, NormTable& table, const at::Tensor& mean, const at::Tensor& var);
+void set_statistics(const char* op, NormTable& table, const at::Tensor& mean,
+                    const at::Tensor& var);
 
 // Per channel: y = bias + sum_k coef_k x_k.
 struct ForwardCoefficients {
@@ -71,13 +73,14 @@ struct MixGradients {
 // The backward for operands xs (N, C, ...) whose output gradient is the slot g. Empty xs were not kept by the
 // forward because nothing needs them.
 template <typename T>
-void mix_backward(const Mix<T>& mix, const Layout& layout, Slot<const T> g, const std::vector<const T*>& xs,
-                  NormTable& table, const std::vector<T*>& dxs, MixGradients& out, const at::Tensor& weights,
-                  bool need_weights) {
+void mix_backward(const Mix<T>& mix, const Layout& layout, Slot<const T> g,
+                  const std::vector<const T*>& xs, NormTable& table, const std::vector<T*>& dxs,
+                  MixGradients& out, const at::Tensor& weights, bool need_weights) {
   const int64_t K = table.K, C = table.C;
   std::vector<double> sums(C), dots(K * C);
   mix.reduce(g, xs, table.mean, sums, dots);
-  const BackwardCoefficients b = backward_coefficients(table, sums, dots, static_cast<double>(layout.values()));
+  const BackwardCoefficients b =
+      backward_coefficients(table, sums, dots, static_cast<double>(layout.values()));
   if (need_weights) out.dw = from_doubles(b.dw, {K}, weights.options());
   const int64_t rows = b.dgamma.size() / std::max<int64_t>(C, 1);
   out.dgamma = from_doubles(b.dgamma, {rows, C}, weights.options());

@@ -33,7 +33,8 @@ at::Tensor mixed_sum_cpu(at::TensorList xs, const at::Tensor& weights) {
   return y;
 }
 
-std::tuple<std::vector<at::Tensor>, at::Tensor> mixed_sum_backward_cpu(const at::Tensor& grad, at::TensorList xs,
+std::tuple<std::vector<at::Tensor>, at::Tensor> mixed_sum_backward_cpu(const at::Tensor& grad,
+                                                                       at::TensorList xs,
                                                                        const at::Tensor& weights,
                                                                        at::IntArrayRef need_xs,
                                                                        bool need_weights) {
@@ -71,8 +72,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> mixed_sum_backward_cpu(const at:
       std::vector<T*> at(to);
       for (T*& p : at)
         if (p) p += begin;
-      kernels.gradients(gp + begin, none.data(), at.data(), K, count, coef.data(), nullptr, nullptr, nullptr,
-                        kernels.lanes);
+      kernels.gradients(gp + begin, none.data(), at.data(), K, count, coef.data(), nullptr, nullptr,
+                        nullptr, kernels.lanes);
     });
   });
   return {dxs, dw};

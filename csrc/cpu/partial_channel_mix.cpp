@@ -10,14 +10,16 @@ namespace fastnas {
 
 namespace {
 
-Bypass make_bypass(const char* op, int64_t k, at::IntArrayRef rest_shape, int64_t N, int64_t c, int64_t oh,
-                   int64_t ow) {
+Bypass make_bypass(const char* op, int64_t k, at::IntArrayRef rest_shape, int64_t N, int64_t c,
+                   int64_t oh, int64_t ow) {
   TORCH_CHECK_VALUE(k >= 2, op, ": expected k of at least 2, but got ", k);
-  TORCH_CHECK_VALUE(rest_shape.size() == 4 && rest_shape[0] == N && rest_shape[1] == (k - 1) * c, op,
-                    ": expected rest of shape [", N, ", ", (k - 1) * c, ", H, W], but got ", rest_shape);
+  TORCH_CHECK_VALUE(rest_shape.size() == 4 && rest_shape[0] == N && rest_shape[1] == (k - 1) * c,
+                    op, ": expected rest of shape [", N, ", ", (k - 1) * c, ", H, W], but got ",
+                    rest_shape);
   const int64_t H = rest_shape[2], W = rest_shape[3];
-  TORCH_CHECK_VALUE((oh == H && ow == W) || (oh == H / 2 && ow == W / 2), op, ": expected outputs of ", H, "x", W,
-                    " like rest or of half that, but got ", oh, "x", ow);
+  TORCH_CHECK_VALUE((oh == H && ow == W) || (oh == H / 2 && ow == W / 2), op,
+                    ": expected outputs of ", H, "x", W, " like rest or of half that, but got ", oh,
+                    "x", ow);
   return {N, c, k, H, W, oh, ow, 0, 0, 0, 0};
 }
 
@@ -31,14 +33,15 @@ void set_strides(Bypass& b, const at::Tensor& rest) {
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_channel_mix_cpu(
-    const at::Tensor& rest, at::TensorList xs, const at::Tensor& weights, int64_t k, at::IntArrayRef kinds,
-    at::ArrayRef<double> eps, at::IntArrayRef affine, at::TensorList gammas, at::TensorList betas,
-    at::TensorList running_means, at::TensorList running_vars) {
+    const at::Tensor& rest, at::TensorList xs, const at::Tensor& weights, int64_t k,
+    at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine, at::TensorList gammas,
+    at::TensorList betas, at::TensorList running_means, at::TensorList running_vars) {
   const char* op = "partial_channel_mix";
   check_inputs(op, xs, weights);
   check_weights(op, weights, xs.size(), xs[0]);
   check_floating(op, "rest", rest);
-  TORCH_CHECK_VALUE(xs[0].dim() == 4, op, ": expected inputs of shape (N, C, H, W), but got ", xs[0].sizes());
+  TORCH_CHECK_VALUE(xs[0].dim() == 4, op, ": expected inputs of shape (N, C, H, W), but got ",
+                    xs[0].sizes());
   const int64_t N = xs[0].size(0), c = xs[0].size(1), oh = xs[0].size(2), ow = xs[0].size(3);
   Bypass bypass = make_bypass(op, k, rest.sizes(), N, c, oh, ow);
   const at::ScalarType dtype = c10::promoteTypes(result_dtype(xs), rest.scalar_type());
@@ -59,8 +62,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_channel_mix_cpu(
       T* yp = static_cast<T*>(y.mutable_data_ptr());
       batch_statistics(mix, x, table);
       const ForwardCoefficients f = forward_coefficients(table);
-      mix.combine(x, Slot<T>{yp, k * c, k}, f.coef, f.bias,
-                  [&](int64_t first, int64_t last) { bypass_columns(bypass, rp, yp, first, last); });
+      mix.combine(x, Slot<T>{yp, k * c, k}, f.coef, f.bias, [&](int64_t first, int64_t last) {
+        bypass_columns(bypass, rp, yp, first, last);
+      });
       if (!layout.columns) bypass_planes(bypass, rp, yp);
     });
   }
@@ -68,22 +72,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_channel_mix_cpu(
           from_doubles(table.var, {table.K, c}, weights.options())};
 }
 
-std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor> partial_channel_mix_backward_cpu(
-    const at::Tensor& grad, const at::Tensor& rest, at::IntArrayRef rest_size, at::TensorList xs,
-    const at::Tensor& weights, int64_t k, const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef kinds,
-    at::ArrayRef<double> eps, at::IntArrayRef affine, at::TensorList gammas, at::TensorList betas, bool need_rest,
-    at::IntArrayRef need_xs, bool need_weights) {
+std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor>
+partial_channel_mix_backward_cpu(const at::Tensor& grad, const at::Tensor& rest,
+                                 at::IntArrayRef rest_size, at::TensorList xs,
+                                 const at::Tensor& weights, int64_t k, const at::Tensor& mean,
+                                 const at::Tensor& var, at::IntArrayRef kinds,
+                                 at::ArrayRef<double> eps, at::IntArrayRef affine,
+                                 at::TensorList gammas, at::TensorList betas, bool need_rest,
+                                 at::IntArrayRef need_xs, bool need_weights) {
   const char* op = "partial_channel_mix_backward";
   check_floating(op, "grad", grad);
-  TORCH_CHECK_VALUE(grad.dim() == 4 && k >= 2 && grad.size(1) % k == 0, op, ": expected grad of shape (N, C, H, W) ",
-                    "with C divisible by k = ", k, ", but got ", grad.sizes());
-  TORCH_CHECK_VALUE(rest_size.size() == 2, op, ": expected rest_size of 2 entries, but got ", rest_size.size());
+  TORCH_CHECK_VALUE(grad.dim() == 4 && k >= 2 && grad.size(1) % k == 0, op,
+                    ": expected grad of shape (N, C, H, W) ", "with C divisible by k = ", k,
+                    ", but got ", grad.sizes());
+  TORCH_CHECK_VALUE(rest_size.size() == 2, op, ": expected rest_size of 2 entries, but got ",
+                    rest_size.size());
   const int64_t N = grad.size(0), c = grad.size(1) / k, oh = grad.size(2), ow = grad.size(3);
-  const std::vector<int64_t> shape{N, c, oh, ow}, rest_shape{N, (k - 1) * c, rest_size[0], rest_size[1]};
+  const std::vector<int64_t> shape{N, c, oh, ow},
+      rest_shape{N, (k - 1) * c, rest_size[0], rest_size[1]};
   check_saved(op, xs, shape, grad);
   check_weights(op, weights, xs.size(), grad);
-  TORCH_CHECK_VALUE(need_xs.size() == xs.size(), op, ": expected need_xs of one entry per input (", xs.size(),
-                    "), but got ", need_xs.size());
+  TORCH_CHECK_VALUE(need_xs.size() == xs.size(), op, ": expected need_xs of one entry per input (",
+                    xs.size(), "), but got ", need_xs.size());
   Bypass bypass = make_bypass(op, k, rest_shape, N, c, oh, ow);
   NormTable table = make_norm_table(op, c, weights, kinds, eps, affine, gammas, betas);
   set_statistics(op, table, mean, var);
@@ -100,8 +110,9 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tens
   at::Tensor r = rest, drest = at::empty({0}, grad.options());
   if (need_rest) {
     drest = at::empty(rest_shape, grad.options(), format);
-    TORCH_CHECK_VALUE(!bypass.pooled() || rest.sizes() == at::IntArrayRef(rest_shape), op, ": expected rest of shape ",
-                      rest_shape, " to find its maxima, but got ", rest.sizes());
+    TORCH_CHECK_VALUE(!bypass.pooled() || rest.sizes() == at::IntArrayRef(rest_shape), op,
+                      ": expected rest of shape ", rest_shape, " to find its maxima, but got ",
+                      rest.sizes());
     if (bypass.pooled()) set_strides(bypass, r = rest.to(dtype));
   }
   MixGradients out;
@@ -115,8 +126,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tens
     for (int64_t j = 0, i = 0; j < table.K; ++j)
       if (need_xs[j]) dx[j] = static_cast<T*>(out.dxs[i++].mutable_data_ptr());
     const T* gp = const_pointer<T>(g);
-    mix_backward(Mix<T>(layout), layout, Slot<const T>{gp, k * c, k}, const_pointers<T>(operands), table, dx, out,
-                 weights, need_weights);
+    mix_backward(Mix<T>(layout), layout, Slot<const T>{gp, k * c, k}, const_pointers<T>(operands),
+                 table, dx, out, weights, need_weights);
     if (!need_rest || drest.numel() == 0) return;
     T* dp = static_cast<T*>(drest.mutable_data_ptr());
     // By the format of drest, not by layout.columns: one output pixel may come from a window of four.

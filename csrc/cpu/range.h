@@ -14,7 +14,8 @@ namespace fastnas {
 
 // Folds mean and squared deviations (m2) of `count` values into those of `total` values before them (Chan, Golub and
 // LeVeque 1983): exact where the difference of two large sums would not be.
-inline void merge_statistics(double* mean, double* m2, double total, double new_mean, double new_m2, double count) {
+inline void merge_statistics(double* mean, double* m2, double total, double new_mean, double new_m2,
+                             double count) {
   const double delta = new_mean - *mean, share = count / (total + count);
   *mean += delta * share;
   *m2 += new_m2 + delta * delta * total * share;
@@ -27,23 +28,25 @@ struct RangeKernels {
   int lanes;  // vector width in elements; L is a multiple of it
 
   // y[i] = bias[i % L] + sum_k coef[k][i % L] * xs[k][i]. bias may be null.
-  void (*combine)(const T* const* xs, int64_t K, T* y, int64_t n, const acc_t* coef, const acc_t* bias, int64_t L);
+  void (*combine)(const T* const* xs, int64_t K, T* y, int64_t n, const acc_t* coef,
+                  const acc_t* bias, int64_t L);
 
   // sums[i % L] += g[i]; dots[k][i % L] += g[i] * (xs[k][i] - centre[k][i % L]). centre may be null (zeros), and so
   // may sums and any xs[k] (its dots stay).
-  void (*reduce)(const T* g, const T* const* xs, int64_t K, int64_t n, const acc_t* centre, acc_t* sums,
-                 acc_t* dots, int64_t L);
+  void (*reduce)(const T* g, const T* const* xs, int64_t K, int64_t n, const acc_t* centre,
+                 acc_t* sums, acc_t* dots, int64_t L);
 
   // dxs[k][i] = a[k][i % L] * g[i] + b[k][i % L] * (xs[k][i] - centre[k][i % L]) + c[k][i % L] where xs[k] is given,
   // a * g where it is null; nothing where dxs[k] is null.
-  void (*gradients)(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t n, const acc_t* a,
-                    const acc_t* b, const acc_t* c, const acc_t* centre, int64_t L);
+  void (*gradients)(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t n,
+                    const acc_t* a, const acc_t* b, const acc_t* c, const acc_t* centre, int64_t L);
 
   // sums[i % L] += x[i].
   void (*sums)(const T* x, int64_t n, acc_t* sums, int64_t L);
 
   // With d = x[i] - centre[i % L]: first[i % L] += d, second[i % L] += d * d.
-  void (*deviations)(const T* x, int64_t n, const acc_t* centre, acc_t* first, acc_t* second, int64_t L);
+  void (*deviations)(const T* x, int64_t n, const acc_t* centre, acc_t* first, acc_t* second,
+                     int64_t L);
 };
 
 // The table for the instruction set torch runs with (ATEN_CPU_CAPABILITY lowers it).

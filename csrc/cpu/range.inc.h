@@ -24,11 +24,12 @@ inline void combine_rows(const T* const* xs, int64_t K, T* y, int64_t at, const 
 }
 
 template <typename T>
-void combine(const T* const* xs, int64_t K, T* y, int64_t n, const acc_type<T>* coef, const acc_type<T>* bias,
-             int64_t L) {
+void combine(const T* const* xs, int64_t K, T* y, int64_t n, const acc_type<T>* coef,
+             const acc_type<T>* bias, int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
-  int64_t at = 0;  // no division: a plane may be as short as a vector, and there are thousands of them
+  int64_t at =
+      0;  // no division: a plane may be as short as a vector, and there are thousands of them
   for (; n - at >= kRows * L; at += kRows * L) combine_rows<T, kRows>(xs, K, y, at, coef, bias, L);
   for (; n - at >= L; at += L) combine_rows<T, 1>(xs, K, y, at, coef, bias, L);
   for (int64_t v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes) {
@@ -41,8 +42,9 @@ void combine(const T* const* xs, int64_t K, T* y, int64_t n, const acc_type<T>* 
 }
 
 template <typename T, int R>
-inline void reduce_rows(const T* g, const T* const* xs, int64_t K, int64_t at, const acc_type<T>* centre,
-                        acc_type<T>* sums, acc_type<T>* dots, int64_t L) {
+inline void reduce_rows(const T* g, const T* const* xs, int64_t K, int64_t at,
+                        const acc_type<T>* centre, acc_type<T>* sums, acc_type<T>* dots,
+                        int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
@@ -66,13 +68,14 @@ inline void reduce_rows(const T* g, const T* const* xs, int64_t K, int64_t at, c
 }
 
 template <typename T>
-void reduce(const T* g, const T* const* xs, int64_t K, int64_t n, const acc_type<T>* centre, acc_type<T>* sums,
-            acc_type<T>* dots, int64_t L) {
+void reduce(const T* g, const T* const* xs, int64_t K, int64_t n, const acc_type<T>* centre,
+            acc_type<T>* sums, acc_type<T>* dots, int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
   int64_t at = 0;
-  for (; n - at >= kRows * L; at += kRows * L) reduce_rows<T, kRows>(g, xs, K, at, centre, sums, dots, L);
+  for (; n - at >= kRows * L; at += kRows * L)
+    reduce_rows<T, kRows>(g, xs, K, at, centre, sums, dots, L);
   for (; n - at >= L; at += L) reduce_rows<T, 1>(g, xs, K, at, centre, sums, dots, L);
   for (int64_t v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes) {
     const int64_t m = n - at < Ln::kLanes ? n - at : Ln::kLanes;
@@ -81,7 +84,8 @@ void reduce(const T* g, const T* const* xs, int64_t K, int64_t n, const acc_type
     for (int64_t k = 0; k < K; ++k) {
       if (!xs[k]) continue;
       const V mean = centre ? A::load(centre + k * L + v) : V{};
-      A::store(dots + k * L + v, A::load(dots + k * L + v) + gv * (load_first(xs[k] + at, m) - mean));
+      A::store(dots + k * L + v,
+               A::load(dots + k * L + v) + gv * (load_first(xs[k] + at, m) - mean));
     }
   }
 }
@@ -101,9 +105,11 @@ inline void gradient_rows(const T* g, const T* const* xs, T* const* dxs, int64_t
       const V ak = A::load(a + k * L + v);
       T* dx = dxs[k] + at + v;
       if (xs[k]) {
-        const V bk = A::load(b + k * L + v), ck = A::load(c + k * L + v), mk = A::load(centre + k * L + v);
+        const V bk = A::load(b + k * L + v), ck = A::load(c + k * L + v),
+                mk = A::load(centre + k * L + v);
         const T* x = xs[k] + at + v;
-        for (int r = 0; r < R; ++r) Ln::store(dx + r * L, ak * gv[r] + (bk * (Ln::load(x + r * L) - mk) + ck));
+        for (int r = 0; r < R; ++r)
+          Ln::store(dx + r * L, ak * gv[r] + (bk * (Ln::load(x + r * L) - mk) + ck));
       } else {
         for (int r = 0; r < R; ++r) Ln::store(dx + r * L, ak * gv[r]);
       }
@@ -112,13 +118,15 @@ inline void gradient_rows(const T* g, const T* const* xs, T* const* dxs, int64_t
 }
 
 template <typename T>
-void gradients(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t n, const acc_type<T>* a,
-               const acc_type<T>* b, const acc_type<T>* c, const acc_type<T>* centre, int64_t L) {
+void gradients(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t n,
+               const acc_type<T>* a, const acc_type<T>* b, const acc_type<T>* c,
+               const acc_type<T>* centre, int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
   int64_t at = 0;
-  for (; n - at >= kRows * L; at += kRows * L) gradient_rows<T, kRows>(g, xs, dxs, K, at, a, b, c, centre, L);
+  for (; n - at >= kRows * L; at += kRows * L)
+    gradient_rows<T, kRows>(g, xs, dxs, K, at, a, b, c, centre, L);
   for (; n - at >= L; at += L) gradient_rows<T, 1>(g, xs, dxs, K, at, a, b, c, centre, L);
   for (int64_t v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes) {
     const int64_t m = n - at < Ln::kLanes ? n - at : Ln::kLanes;
@@ -154,12 +162,13 @@ void sums(const T* x, int64_t n, acc_type<T>* sums, int64_t L) {
   for (; n - at >= kRows * L; at += kRows * L) sum_rows<T, kRows>(x + at, sums, L);
   for (; n - at >= L; at += L) sum_rows<T, 1>(x + at, sums, L);
   for (int64_t v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes)
-    A::store(sums + v, A::load(sums + v) + load_first(x + at, n - at < Ln::kLanes ? n - at : Ln::kLanes));
+    A::store(sums + v,
+             A::load(sums + v) + load_first(x + at, n - at < Ln::kLanes ? n - at : Ln::kLanes));
 }
 
 template <typename T, int R>
-inline void deviation_rows(const T* x, const acc_type<T>* centre, acc_type<T>* first, acc_type<T>* second,
-                           int64_t L) {
+inline void deviation_rows(const T* x, const acc_type<T>* centre, acc_type<T>* first,
+                           acc_type<T>* second, int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
   for (int64_t v = 0; v < L; v += Ln::kLanes) {
@@ -176,10 +185,11 @@ inline void deviation_rows(const T* x, const acc_type<T>* centre, acc_type<T>* f
 }
 
 template <typename T>
-void deviations(const T* x, int64_t n, const acc_type<T>* centre, acc_type<T>* first, acc_type<T>* second,
-                int64_t L) {
+void deviations(const T* x, int64_t n, const acc_type<T>* centre, acc_type<T>* first,
+                acc_type<T>* second, int64_t L) {
   int64_t at = 0;
-  for (; n - at >= kRows * L; at += kRows * L) deviation_rows<T, kRows>(x + at, centre, first, second, L);
+  for (; n - at >= kRows * L; at += kRows * L)
+    deviation_rows<T, kRows>(x + at, centre, first, second, L);
   for (; n - at >= L; at += L) deviation_rows<T, 1>(x + at, centre, first, second, L);
   // One by one: lanes past the end would count as deviations of -centre.
   for (int64_t v = 0; at < n; ++at, ++v) {

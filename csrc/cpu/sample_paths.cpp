@@ -28,28 +28,29 @@ double probability(const double* logits, int64_t count, int64_t k, Kept kept) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_paths_cpu(const at::Tensor& logits,
-                                                                const std::optional<at::Tensor>& counts, int64_t seed,
-                                                                int64_t step, bool two) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_paths_cpu(
+    const at::Tensor& logits, const std::optional<at::Tensor>& counts, int64_t seed, int64_t step,
+    bool two) {
   const char* op = "sample_paths";
   check_floating(op, "logits", logits);
-  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 1 && logits.size(1) <= kMaxCandidates, op,
-                    ": expected logits of shape (E, K) with K of 1 to ", kMaxCandidates, ", but got ",
-                    logits.sizes());
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 1 && logits.size(1) <= kMaxCandidates,
+                    op, ": expected logits of shape (E, K) with K of 1 to ", kMaxCandidates,
+                    ", but got ", logits.sizes());
   const int64_t E = logits.size(0), K = logits.size(1);
   std::vector<int64_t> count(E, K);
   if (counts) {
-    TORCH_CHECK_TYPE(counts->scalar_type() == at::kLong, op, ": expected counts of dtype int64, but got ",
-                     counts->scalar_type());
-    TORCH_CHECK_VALUE(counts->dim() == 1 && counts->size(0) == E, op, ": expected counts of shape [", E,
-                      "], but got ", counts->sizes());
+    TORCH_CHECK_TYPE(counts->scalar_type() == at::kLong, op,
+                     ": expected counts of dtype int64, but got ", counts->scalar_type());
+    TORCH_CHECK_VALUE(counts->dim() == 1 && counts->size(0) == E, op,
+                      ": expected counts of shape [", E, "], but got ", counts->sizes());
     const at::Tensor c = counts->contiguous();
     std::copy_n(c.const_data_ptr<int64_t>(), E, count.begin());
     for (int64_t n : count)
       TORCH_CHECK_VALUE(n >= 0 && n <= K, op, ": expected counts in [0, ", K, "], but got ", n);
   }
   const std::vector<double> all = to_doubles(logits);
-  at::Tensor active = at::empty({E}, logits.options().dtype(at::kLong)), inactive = at::empty_like(active);
+  at::Tensor active = at::empty({E}, logits.options().dtype(at::kLong)),
+             inactive = at::empty_like(active);
   std::vector<double> probs(2 * E);
   for (int64_t e = 0; e < E; ++e) {
     const double* row = all.data() + e * K;

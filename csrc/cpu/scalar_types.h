@@ -38,7 +38,8 @@ inline float half_to_float(uint16_t h) {
 inline uint16_t float_to_half(float f) {
   const uint32_t u = float_to_bits(f), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
   if (a > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (a >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds past the largest finite half
+  if (a >= 0x477ff000u)
+    return static_cast<uint16_t>(sign | 0x7c00u);  // rounds past the largest finite half
   if (a < 0x38800000u) {
     // Subnormal result: adding 0.5 puts the half's unit in binary32's last place, and the addition rounds.
     const float shifted = bits_to_float(a) + 0.5f;
