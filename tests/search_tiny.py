@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +66,22 @@ class TinySupernet(nn.Module):
         return self.classifier(h.mean((2, 3)))
 
 
-_darts = SPACES["darts"]
-SPACES["tiny"] = Space(
-    name="tiny",
-    supernet=TinySupernet,
-    network=_darts.network,
-    genotype=_darts.genotype,
-    derive=_darts.derive,
-    genotypes={},
-)
+@contextmanager
+def registered() -> Iterator[None]:
+    """Within the block the space is known as ``tiny``."""
+    darts = SPACES["darts"]
+    SPACES["tiny"] = Space(
+        name="tiny",
+        supernet=TinySupernet,
+        network=darts.network,
+        genotype=darts.genotype,
+        derive=darts.derive,
+        genotypes={},
+    )
+    try:
+        yield
+    finally:
+        del SPACES["tiny"]
 
 
 def images(count: int = 96, size: int = 8) -> ImageData:
@@ -129,7 +137,8 @@ def main() -> None:
     fields = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     torch.rand(int(fields.pop("draws", 0)))
-    Search(config(**fields), data=images(int(sys.argv[2])), progress=Announce()).run()
+    with registered():
+        Search(config(**fields), data=images(int(sys.argv[2])), progress=Announce()).run()
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from search_tiny import CLASSES, config, images
+from search_tiny import CLASSES, config, images, registered
 
 from fastnas.data import Augment, ImageData
-from fastnas.methods import DartsOptions
+from fastnas.methods import METHODS, DartsOptions, PCDarts
 from fastnas.search import (
     CheckpointError,
     NonFiniteLossError,
@@ -34,6 +34,12 @@ from fastnas.search.runtime import runtime
 from fastnas.spaces import SPACES
 
 QUIET = Progress()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _space() -> object:
+    with registered():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +126,21 @@ def test_optimizers_own_their_parameters_only() -> None:
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.123, (0.5, 0.999), 1e-3)
     (group,) = search.learner.weight_optimizer.param_groups
     assert (group["momentum"], group["weight_decay"]) == (0.9, 3e-4)
+
+
+def test_a_method_may_group_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Grouped(PCDarts):
+        def parameter_groups(self, arch):
+            alphas = [arch.alpha(kind) for kind in arch.kinds]
+            betas = [arch.beta(kind) for kind in arch.kinds]
+            return [{"params": alphas, "lr": 0.0}, {"params": betas}]
+
+    monkeypatch.setitem(METHODS, "pc_darts", Grouped)
+    search = Search(config("pc_darts", epochs=1, validate="never"), data=images(), progress=QUIET)
+    before = {k: v.clone() for k, v in search.arch.state_dict().items()}
+    search.run()
+    moved = {k for k, v in search.arch.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"beta_normal", "beta_reduce"}
 
 
 def test_learning_rate_follows_the_schedule() -> None:

@@ -45,8 +45,14 @@ def uninterrupted(fields: dict[str, object], count: int, path: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _space() -> object:
+    with search_tiny.registered():
+        yield
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(_space: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run."""
     return uninterrupted(FIELDS, IMAGES, tmp_path_factory.mktemp("whole") / "run")
 
@@ -122,7 +128,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
             kills += 1
         process.communicate()
     last = start(out, resume=True)
-    _, errors = last.communicate(timeout=120)
+    _, errors = last.communicate(timeout=400)
     assert last.returncode == 0, errors
     assert kills, f"no process lived long enough to be killed (seed {seed})"
     assert_same_run(wanted, out)
