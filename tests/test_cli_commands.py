@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from search_tiny import config as search_config
-from search_tiny import images
+from search_tiny import images, registered
 from test_evaluate_train import config as eval_config
 
 import fastnas
@@ -29,6 +29,12 @@ from fastnas.search import Search
 from fastnas.spaces.darts import GENOTYPES, Genotype
 
 TINY = ["--epochs", "2", "--C", "4", "--layers", "3", "--batch-size", "16", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _space() -> object:
+    with registered():
+        yield
 
 
 @pytest.fixture
