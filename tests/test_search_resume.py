@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -126,7 +127,8 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             kills += 1
-        process.communicate()
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
     last = start(out, resume=True)
     _, errors = last.communicate(timeout=400)
     assert last.returncode == 0, errors
