@@ -49,9 +49,9 @@ class SearchConfig:
 
     epochs: int = 4
     """Passes over the half of the images that the weights are trained on."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Images in a batch of the weights, and in one of the architecture."""
-    lr: float = 0.1
+    lr: float = 0.05
     """Learning rate of the weights (SGD) at the start; it falls along a cosine."""
     lr_min: float = 0.0
     """Learning rate of the weights at the end."""
@@ -64,7 +64,7 @@ class SearchConfig:
     grad_clip: float = 5.0
     """Largest gradient norm of the weights; 0 for no limit."""
 
-    arch_lr: float = 0.03
+    arch_lr: float = 0.02
     """Learning rate of the architecture parameters (Adam)."""
     arch_betas: tuple[float, float] = (0.5, 0.999)
     """Adam's decay factors for the architecture parameters."""
@@ -177,8 +177,8 @@ _NOT_NEGATIVE = (
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The defaults: about a thousand images for the weights, as many for the architecture, and a
-    # learning rate of the architecture that shows something after sixty steps.
+    # The defaults: eight hundred images for the weights, as many for the architecture, and a
+    # learning rate of the architecture that shows something after a hundred steps.
     "demo": {},
     # DARTS, appendix A.1.1, with the values of the released scripts where paper and code differ.
     "cifar10": {
