@@ -342,7 +342,7 @@ def test_the_raw_ops_check_their_arguments(device):
     op = torch.ops.fastnas.partial_channel_mix
     x, rest, w = (ones(*s).to(device) for s in ((2, 2, 4, 4), (2, 6, 4, 4), (1,)))
     tail = ([0], [0.0], [0], [], [], [], [])
-    with raises(ValueError, "partial_channel_mix: expected k of at least 2, but got 1"):
+    with raises(ValueError, "partial_channel_mix: expected k of 2 to 2^20, but got 1"):
         op(rest, [x], w, 1, *tail)
     with raises(ValueError, "partial_channel_mix: expected rest of shape [2, 4, H, W]"):
         op(rest, [x], w, 3, *tail)

@@ -12,7 +12,9 @@ namespace {
 
 Bypass make_bypass(const char* op, int64_t k, at::IntArrayRef rest_shape, int64_t N, int64_t c,
                    int64_t oh, int64_t ow) {
-  TORCH_CHECK_VALUE(k >= 2, op, ": expected k of at least 2, but got ", k);
+  // The bound keeps the products below within 64 bits.
+  TORCH_CHECK_VALUE(k >= 2 && k <= (int64_t{1} << 20), op, ": expected k of 2 to 2^20, but got ",
+                    k);
   TORCH_CHECK_VALUE(rest_shape.size() == 4 && rest_shape[0] == N && rest_shape[1] == (k - 1) * c,
                     op, ": expected rest of shape [", N, ", ", (k - 1) * c, ", H, W], but got ",
                     rest_shape);
