@@ -74,6 +74,21 @@ inline void check_weights(const char* op, const at::Tensor& weights, size_t coun
   check_floating(op, "weights", weights);
 }
 
+// What passes by the mixed channels of partial_channel_mix, against outputs (N, c, oh, ow).
+inline void check_bypass(const char* op, int64_t k, at::IntArrayRef rest_shape, int64_t N,
+                         int64_t c, int64_t oh, int64_t ow) {
+  // The bound keeps the products below within 64 bits.
+  TORCH_CHECK_VALUE(k >= 2 && k <= (int64_t{1} << 20), op, ": expected k of 2 to 2^20, but got ",
+                    k);
+  TORCH_CHECK_VALUE(rest_shape.size() == 4 && rest_shape[0] == N && rest_shape[1] == (k - 1) * c,
+                    op, ": expected rest of shape [", N, ", ", (k - 1) * c, ", H, W], but got ",
+                    rest_shape);
+  const int64_t H = rest_shape[2], W = rest_shape[3];
+  TORCH_CHECK_VALUE((oh == H && ow == W) || (oh == H / 2 && ow == W / 2), op,
+                    ": expected outputs of ", H, "x", W, " like rest or of half that, but got ", oh,
+                    "x", ow);
+}
+
 // The operand as the kernels take it; no copy where it is so already.
 inline at::Tensor as_operand(const at::Tensor& x, at::ScalarType dtype, at::MemoryFormat format) {
   return x.to(dtype).contiguous(format);

@@ -13,15 +13,8 @@ namespace {
 
 Bypass checked_bypass(const char* op, int64_t k, at::IntArrayRef rest_shape, int64_t N, int64_t c,
                       int64_t oh, int64_t ow) {
-  TORCH_CHECK_VALUE(k >= 2, op, ": expected k of at least 2, but got ", k);
-  TORCH_CHECK_VALUE(rest_shape.size() == 4 && rest_shape[0] == N && rest_shape[1] == (k - 1) * c,
-                    op, ": expected rest of shape [", N, ", ", (k - 1) * c, ", H, W], but got ",
-                    rest_shape);
-  const int64_t H = rest_shape[2], W = rest_shape[3];
-  TORCH_CHECK_VALUE((oh == H && ow == W) || (oh == H / 2 && ow == W / 2), op,
-                    ": expected outputs of ", H, "x", W, " like rest or of half that, but got ", oh,
-                    "x", ow);
-  return make_bypass(N, c, k, H, W, oh, ow);
+  check_bypass(op, k, rest_shape, N, c, oh, ow);
+  return make_bypass(N, c, k, rest_shape[2], rest_shape[3], oh, ow);
 }
 
 Strides strides_of(const at::Tensor& x) {
