@@ -7,7 +7,10 @@ import pytest
 import torch
 from simt import harness
 
-pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no g++")
+pytestmark = [
+    pytest.mark.skipif(harness.compiler() is None, reason="no g++"),
+    pytest.mark.timeout(1800),  # compiles
+]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from fastnas.ops import mixed_batch_norm, mixed_sum, partial_channel_mix
 pytestmark = [
     pytest.mark.skipif(harness.compiler() is None, reason="no g++"),
     pytest.mark.slow,
+    pytest.mark.timeout(1800),  # compiles
 ]
 TESTS = Path(__file__).resolve().parent
 

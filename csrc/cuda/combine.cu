@@ -9,16 +9,13 @@ namespace fastnas::cuda {
 namespace {
 
 constexpr int kUnroll = 2;  // vectors of an operand that a thread has in flight
-// Operands, likewise: 64 to 128 bytes of a thread are under way; twice as many in registers would halve the occupancy.
-template <int V>
-constexpr int kBatchOf = V == 8 ? 2 : 4;
+constexpr int kBatch = 4;   // operands, likewise: 8 loads wait for memory at once
 
 template <typename T, int V, bool kColumns>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Combine args,
                    int64_t tiles) {
   using A = acc_type<T>;
-  constexpr int kBatch = kBatchOf<V>;
   const A* coef = static_cast<const A*>(args.coef);
   const A* bias = static_cast<const A*>(args.bias);
   T* y = static_cast<T*>(args.y);
@@ -32,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
           if (bias) load_entries<V, kColumns>(sum[u], bias + at[u].entry);
         }
         for (int first = 0; first < args.K; first += kBatch) {
-          Vec<T, V> x[kBatch][kUnroll];
+          Operand<T, V> x[kBatch][kUnroll];
 #pragma unroll
           for (int j = 0; j < kBatch; ++j) {
             if (first + j >= args.K) break;
@@ -50,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
               if (u == 0 || !kColumns)
                 load_entries<V, kColumns>(a, row + at[u].entry);  // columns: all u share it
 #pragma unroll
-              for (int v = 0; v < V; ++v) sum[u][v] += a[v] * to_acc(x[j][u].v[v]);
+              for (int v = 0; v < V; ++v) sum[u][v] += a[v] * x[j][u].acc(v);
             }
           }
         }

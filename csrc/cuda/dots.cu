@@ -10,7 +10,7 @@ namespace fastnas::cuda {
 
 namespace {
 
-// Operands whose vectors a thread loads before it uses the first; unpacked 16-bit ones take twice the registers.
+// Operands whose vectors a thread loads before it uses the first; the sums of eight channels each leave room for two.
 template <int V>
 constexpr int kBatchOf = V == 8 ? 2 : 4;
 
@@ -41,12 +41,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int i = 0; i < (kDotSlice + 1) * kWidth; ++i) acc[i] = 0;
   const auto add = [&](const Place& at) {
-    const Vec<T, V> loaded =
+    const Operand<T, V> loaded =
         load_strided<T, V>(static_cast<const T*>(args.g) + at.slot, kColumns ? args.step : 1);
     A g[V];
 #pragma unroll
     for (int first_of_batch = 0; first_of_batch < kDotSlice; first_of_batch += kBatch) {
-      Vec<T, V> x[kBatch];
+      Operand<T, V> x[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int k = first_operand + first_of_batch + b;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (first_of_batch == 0) {
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          g[i] = to_acc(loaded.v[i]);
+          g[i] = loaded.acc(i);
           acc[i % kWidth] += g[i];
         }
       }
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (kColumns && centre) load_entries<V, kColumns>(m, centre + k * plan.period + at.entry);
 #pragma unroll
         for (int i = 0; i < V; ++i)
-          acc[(1 + j) * kWidth + i % kWidth] += g[i] * (to_acc(x[b].v[i]) - m[i]);
+          acc[(1 + j) * kWidth + i % kWidth] += g[i] * (x[b].acc(i) - m[i]);
       }
     }
   };

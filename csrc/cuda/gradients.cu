@@ -10,12 +10,12 @@ namespace fastnas::cuda {
 namespace {
 
 constexpr int kUnroll = 2;  // vectors of an operand that a thread has in flight
-// Operands, likewise: 64 to 128 bytes of a thread are under way; twice as many in registers would halve the occupancy.
+// Operands, likewise: eight 16-bit elements a vector unfold into too many registers for more.
 template <int V>
 constexpr int kBatchOf = V == 8 ? 2 : 4;
 
 template <typename T, int V, bool kColumns>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, V == 8 ? 2 : 3)
     gradients_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Gradients args,
                      int64_t tiles) {
   using A = acc_type<T>;
@@ -28,14 +28,14 @@ __global__ void __launch_bounds__(kThreads)
         A g[kUnroll][V];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-          const Vec<T, V> loaded = load_strided<T, V>(static_cast<const T*>(args.g) + at[u].slot,
-                                                      kColumns ? args.step : 1);
+          const Operand<T, V> loaded = load_strided<T, V>(
+              static_cast<const T*>(args.g) + at[u].slot, kColumns ? args.step : 1);
 #pragma unroll
-          for (int v = 0; v < V; ++v) g[u][v] = to_acc(loaded.v[v]);
+          for (int v = 0; v < V; ++v) g[u][v] = loaded.acc(v);
         }
         for (int first = 0; first < args.K; first += kBatch) {
           // All loads of a batch before its first store: the compiler may not move a load over a store.
-          Vec<T, V> loaded[kBatch][kUnroll];
+          Operand<T, V> loaded[kBatch][kUnroll];
 #pragma unroll
           for (int j = 0; j < kBatch; ++j) {
             if (first + j >= args.K) break;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
                 if (next_entries) load_entries<V, kColumns>(ck, c + entry);
 #pragma unroll
                 for (int v = 0; v < V; ++v)
-                  out[v] = ak[v] * g[u][v] + (bk[v] * to_acc(loaded[j][u].v[v]) + ck[v]);
+                  out[v] = ak[v] * g[u][v] + (bk[v] * loaded[j][u].acc(v) + ck[v]);
               } else {
 #pragma unroll
                 for (int v = 0; v < V; ++v) out[v] = ak[v] * g[u][v];

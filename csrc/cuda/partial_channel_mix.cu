@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
     const T* source = static_cast<const T*>(args.g) + at * k;
     Vec<T, kGroups ? kGroups : 1> group;
     if constexpr (kGroups > 0)
-      group = load<T, kGroups>(source);
+      group = *reinterpret_cast<const Vec<T, kGroups>*>(source);
     else
       group.v[0] = source[0];
     const A g = to_acc(group.v[0]);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
         (n * b.k * b.c + target) * b.oh * b.ow + within;  // in the output or its gradient
     if constexpr (V > 1) {
       const int64_t inside = offset(kBackward ? b.drest : b.rest, n, j, 0, 0) + within;
-      *reinterpret_cast<Vec<T, V>*>(to + (kBackward ? inside : outside)) =
+      *reinterpret_cast<Operand<T, V>*>(to + (kBackward ? inside : outside)) =
           load<T, V>(from + (kBackward ? outside : inside));
     } else {
       const int64_t h = b.by_ow.quotient(within), w = within - h * b.ow;

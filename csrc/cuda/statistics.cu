@@ -31,7 +31,7 @@ struct Shifted {
 
 // grid: x parts of every channel (planes) or of every chunk of lanes (columns), y operands.
 template <typename T, int V, bool kColumns>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     statistics_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Statistics args) {
   using A = acc_type<T>;
   constexpr int kWidth = kColumns ? V : 1;
@@ -49,13 +49,13 @@ __global__ void __launch_bounds__(kThreads)
   Shifted<A> acc[kWidth];
   int count = 0;
   const auto add = [&](const T* p) {
-    const Vec<T, V> loaded = load<T, V>(p);
+    const Operand<T, V> loaded = load<T, V>(p);
     if (count == 0) {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) acc[i] = {to_acc(loaded.v[i]), 0, 0};
+      for (int i = 0; i < kWidth; ++i) acc[i] = {loaded.acc(i), 0, 0};
     }
 #pragma unroll
-    for (int i = 0; i < V; ++i) acc[kColumns ? i : 0].add(to_acc(loaded.v[i]));
+    for (int i = 0; i < V; ++i) acc[kColumns ? i : 0].add(loaded.acc(i));
     count += V / kWidth;
   };
   if constexpr (kColumns) {
@@ -77,11 +77,11 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  const Vec<T, kWidth> origin =
+  const Operand<T, kWidth> origin =
       load<T, kWidth>(x + (kColumns ? (works ? lane : 0) * V : side * plan.S));
   Moments<A> result[kWidth];
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) result[i] = acc[i].moments(count, to_acc(origin.v[i]));
+  for (int i = 0; i < kWidth; ++i) result[i] = acc[i].moments(count, origin.acc(i));
   merge_over_rows<kWidth>(result, row, rows, kColumns ? plan.lanes : 1);
   if (row != 0 || !works) return;
 #pragma unroll
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t entry = kColumns ? lane * V + i : side;
     const int64_t to = (k * plan.period + entry) * plan.parts + part;
     args.count[to] = result[i].count;
-    args.mean[to] = static_cast<double>(to_acc(origin.v[i])) + static_cast<double>(result[i].mean);
+    args.mean[to] = static_cast<double>(origin.acc(i)) + static_cast<double>(result[i].mean);
     args.m2[to] = result[i].m2;
   }
 }

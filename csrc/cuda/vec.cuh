@@ -4,6 +4,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+#include <type_traits>
+
 #include "launch.cuh"
 
 namespace fastnas::cuda {
@@ -41,11 +44,45 @@ __device__ inline __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
 template <typename T, int V>
 struct alignas(V * sizeof(T)) Vec {
   T v[V];
+
+  __device__ acc_type<T> acc(int i) const { return to_acc(v[i]); }
+  __device__ void set(int i, T x) { v[i] = x; }
+};
+
+// The same of two-byte elements that wait to be summed: two to a register, where the compiler would
+// spend a register on each.
+template <typename T, int V>
+struct alignas(V * sizeof(T)) Pairs {
+  uint32_t words[V / 2];
+
+  __device__ float acc(int i) const {
+    return to_acc(words[i / 2], i % 2 != 0, static_cast<T*>(nullptr));
+  }
+  __device__ void set(int i, T x) {
+    uint16_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    uint32_t& word = words[i / 2];
+    word =
+        i % 2 ? (word & 0xffffu) | static_cast<uint32_t>(bits) << 16 : (word & 0xffff0000u) | bits;
+  }
+
+ private:
+  __device__ static float to_acc(uint32_t word, bool upper, const __nv_bfloat16*) {
+    return __uint_as_float(upper ? word & 0xffff0000u : word << 16);
+  }
+  __device__ static float to_acc(uint32_t word, bool upper, const __half*) {
+    __half_raw bits;
+    bits.x = static_cast<unsigned short>(upper ? word >> 16 : word);
+    return __half2float(__half(bits));
+  }
 };
 
 template <typename T, int V>
-__device__ inline Vec<T, V> load(const T* p) {
-  return *reinterpret_cast<const Vec<T, V>*>(p);
+using Operand = std::conditional_t<sizeof(T) == 2 && V % 2 == 0, Pairs<T, V>, Vec<T, V>>;
+
+template <typename T, int V>
+__device__ inline Operand<T, V> load(const T* p) {
+  return *reinterpret_cast<const Operand<T, V>*>(p);
 }
 
 template <typename T, int V>
@@ -58,11 +95,11 @@ __device__ inline void store(T* p, const acc_type<T> (&x)[V]) {
 
 // V elements `stride` apart: one vector if they are neighbours.
 template <typename T, int V>
-__device__ inline Vec<T, V> load_strided(const T* p, int64_t stride) {
+__device__ inline Operand<T, V> load_strided(const T* p, int64_t stride) {
   if (stride == 1) return load<T, V>(p);
-  Vec<T, V> out;
+  Operand<T, V> out{};
 #pragma unroll
-  for (int i = 0; i < V; ++i) out.v[i] = p[i * stride];
+  for (int i = 0; i < V; ++i) out.set(i, p[i * stride]);
   return out;
 }
 
@@ -83,9 +120,9 @@ __device__ inline void load_entries(A (&out)[V], const A* p) {
     constexpr int kStep = 16 / sizeof(A) < V ? 16 / sizeof(A) : V;
 #pragma unroll
     for (int i = 0; i < V; i += kStep) {
-      const Vec<A, kStep> part = load<A, kStep>(p + i);
+      const Operand<A, kStep> part = load<A, kStep>(p + i);
 #pragma unroll
-      for (int j = 0; j < kStep; ++j) out[i + j] = part.v[j];
+      for (int j = 0; j < kStep; ++j) out[i + j] = part.acc(j);
     }
   } else {
     const A a = *p;

@@ -26,12 +26,9 @@ from torch.utils import cpp_extension
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-SOURCES = [
-    path
-    for folder in (ROOT / "csrc/cuda", HERE)
-    for path in sorted(folder.iterdir())
-    if path.suffix in (".cu", ".cpp")
-]
+KERNELS = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted(HERE.glob("*.cu"))]
+# These include PyTorch, whose headers take most of the time: one file includes them all.
+HOSTS = [*sorted((ROOT / "csrc/cuda").glob("*.cpp")), HERE / "bindings.cpp"]
 OPS = sorted({s.stem for s in (ROOT / "csrc/cuda").glob("*.cpp")})
 KEY = "PrivateUse1"
 
@@ -85,8 +82,13 @@ def build(name: str = "plain", macros: tuple[str, ...] = ()) -> ModuleType:
     folder = ROOT / "build" / "simt" / name
     folder.mkdir(parents=True, exist_ok=True)
     options = flags(macros)
+    hosts = folder / "hosts.cpp"
+    includes = "".join(f'#include "{path}"\n' for path in HOSTS)
+    if not hosts.exists() or hosts.read_text() != includes:
+        hosts.write_text(includes)
+    sources = [hosts, HERE / "simt.cpp", *KERNELS]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda s: _object(s, folder, options), SOURCES))
+        objects = list(pool.map(lambda s: _object(s, folder, options), sources))
     library = folder / f"simt_kernels{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     newest = max(o.stat().st_mtime for o in objects)
     if not library.exists() or library.stat().st_mtime < newest:

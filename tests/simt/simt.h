@@ -114,6 +114,12 @@ T exchange(unsigned mask, T value, int source, int line) {
 
 }  // namespace simt
 
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 #define __global__
 #define __device__
 #define __host__
