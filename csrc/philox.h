@@ -78,6 +78,11 @@ FASTNAS_HOST_DEVICE inline int64_t path_mass(double logit, double top) {
   return mass < 1 ? 1 : mass;
 }
 
+// logit - top for the exponential of a softmax: 0 at the top, also where that is +inf.
+FASTNAS_HOST_DEVICE inline double below_top(double logit, double top) {
+  return logit == top ? 0.0 : logit - top;
+}
+
 struct Path {
   int64_t active, inactive;
 };

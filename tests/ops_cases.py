@@ -128,8 +128,7 @@ def in_double(tensors):
 
 
 def affine_parameters(norms):
-    present = [norm for norm in norms if norm is not None and norm.weight is not None]
-    return [p for norm in present for p in (norm.weight, norm.bias)]
+    return [p for norm in norms if norm is not None for p in norm.parameters()]
 
 
 def stock(xs, weights, norms=None):

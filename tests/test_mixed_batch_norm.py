@@ -308,6 +308,51 @@ def test_refuses(xs, norms, parts):
         mixed_batch_norm(xs, [1.0] * len(xs), norms)
 
 
+class Shifted(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.InstanceNorm2d(3), nn.SyncBatchNorm(3), nn.GroupNorm(1, 3), nn.Identity(), Shifted(3)],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_refuses_other_norms_than_batch_norm(norm):
+    with raises(TypeError, "expected norms[1] to be None or a BatchNorm", type(norm).__name__):
+        mixed_batch_norm([ones(2, 3, 4, 4)] * 2, [1.0] * 2, [None, norm])
+
+
+def test_refuses_a_norm_without_parameters_yet():
+    with raises(ValueError, "norms[0]", "LazyBatchNorm2d", "no input yet"):
+        mixed_batch_norm([ones(2, 3, 4, 4)], [1.0], [nn.LazyBatchNorm2d()])
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_refuses_a_tensor_of_a_norm_that_does_not_fit(name):
+    x = ones(2, 3, 4, 4)
+    for other, got in ((ones(1), "[1] on cpu"), (ones(3).to("meta"), "[3] on meta")):
+        norm = nn.BatchNorm2d(3)
+        vars(norm)["_buffers" if "running" in name else "_parameters"][name] = other
+        with raises(ValueError, f"norms[0].{name} of shape [3] on cpu", f"got {got}"):
+            mixed_batch_norm([x], [1.0], [norm])
+        if "running" in name:
+            vars(norm)["_buffers"][name] = None
+            with raises(ValueError, "norms[0] with running_mean and running_var or without both"):
+                mixed_batch_norm([x], [1.0], [norm])
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_norm_may_lack_one_affine_parameter(name, device, tolerances):
+    xs, weights = cases.make_inputs(2, (2, 3, 5, 4), device=device)
+    norms = [nn.BatchNorm2d(3).to(device), nn.BatchNorm2d(3, affine=False).to(device)]
+    with torch.no_grad():
+        norms[0].weight.copy_(cases.draw((3,), 1))
+        norms[0].bias.copy_(cases.draw((3,), 2))
+    setattr(norms[0], name, None)
+    check_against_torch(xs, weights, norms, tolerances)
+
+
 def test_refuses_weights_that_do_not_fit():
     with raises(ValueError, "mixed_batch_norm: expected one weight per input", "1 inputs", "[2]"):
         mixed_batch_norm([ones(2, 3)], [1.0, 2.0], [None])
@@ -318,6 +363,8 @@ def test_the_raw_ops_check_their_arguments(device):
     x, w, three = ones(2, 3).to(device), ones(1).to(device), ones(3).to(device)
     with raises(ValueError, "mixed_batch_norm: expected kinds, eps and affine of one entry"):
         op([x], w, [1, 1], [0.1], [0], [], [], [], [])
+    with raises(ValueError, "mixed_batch_norm: expected kinds of 0, 1 or 2, but got 3"):
+        op([x], w, [3], [0.1], [0], [], [], [], [])
     with raises(ValueError, "mixed_batch_norm: expected a gamma and a beta of 3 values"):
         op([x], w, [1], [0.1], [1], [], [], [], [])
     with raises(ValueError, "mixed_batch_norm: expected a gamma and a beta of 3 values"):

@@ -11,7 +11,7 @@ import torch
 from ops_cases import assert_near, raises
 from torch import nn
 
-from fastnas.ops import mixed_batch_norm
+from fastnas.ops import mixed_batch_norm, partial_channel_mix
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
@@ -88,13 +88,52 @@ def test_tracking_switched_off_later_is_respected(device, tolerances):
     assert norm.running_var.equal(before.running_var)
 
 
-def test_one_norm_for_two_inputs_is_updated_twice(device, tolerances):
-    norm = nn.BatchNorm2d(3, affine=False).to(device)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_one_norm_for_two_inputs_is_updated_twice(momentum, device, tolerances):
+    norm = nn.BatchNorm2d(3, affine=False, momentum=momentum).to(device)
     other = copy.deepcopy(norm)
     xs, weights = cases.make_inputs(2, (2, 3, 4, 4), device=device)
     y = mixed_batch_norm(xs, weights, [norm, norm])
     assert_near(y, cases.stock(xs, weights, [other, other]), tolerances)
     cases.assert_buffers_near([norm], [other], tolerances)
+
+
+def test_a_cumulative_average_without_a_counter_stays(device, tolerances):
+    norm = nn.BatchNorm2d(3, momentum=None).to(device)
+    norm.num_batches_tracked = None
+    other = copy.deepcopy(norm)
+    xs, weights = cases.make_inputs(1, (2, 3, 4, 4), device=device)
+    y = mixed_batch_norm(xs, weights, [norm])
+    assert_near(y, cases.stock(xs, weights, [other]), tolerances)
+    for name in ("running_mean", "running_var"):
+        assert getattr(norm, name).equal(getattr(other, name)), name
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_statistics_may_move_between_forward_and_backward(k, create_graph, device, tolerances):
+    """A validation step in evaluation, a training step, then one backward over both."""
+    norm = nn.BatchNorm2d(3).to(device)
+    x, rest = (
+        cases.make((2, c, 4, 4), device=device, seed=c).requires_grad_() for c in (3, 3 * k - 3)
+    )
+    w = torch.tensor([0.5], device=device, requires_grad=True)
+
+    def forward():
+        if k == 1:
+            return mixed_batch_norm([x], w, [norm])
+        return partial_channel_mix(rest, [x], w, k, [norm])
+
+    def grads(y):
+        return torch.autograd.grad(y.pow(3).sum(), [x, w, norm.weight], create_graph=create_graph)
+
+    norm.eval()
+    y = forward()
+    expected = grads(forward())
+    norm.train()
+    forward()
+    for a, b in zip(grads(y), expected, strict=True):
+        assert_near(a, b, tolerances)
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 17, 19), (16, 5, 33, 9), (300, 4, 3, 3)], ids=str)

@@ -254,6 +254,21 @@ def test_fake_kernels_give_the_strides_of_the_real_ones(name, device):
         assert described == real, case
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_a_meta_tensor_among_others_is_refused(name, device):
+    """It would choose the fake kernel, which returns tensors without values."""
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    op = getattr(torch.ops.fastnas, name)
+    arguments = next(arguments for _, other, arguments in samples(device) if other == name)
+    leaves, tree = tree_flatten(arguments)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    for i in places if len(places) > 1 else []:
+        with_meta = [leaf.to("meta") if k == i else leaf for k, leaf in enumerate(leaves)]
+        with cases.raises(ValueError, f"{name}: expected", "meta"):
+            op(*tree_unflatten(with_meta, tree))
+
+
 def test_the_ops_are_private_to_autograd_functions(device):
     """Without their Functions the raw ops are not differentiable, and say so in backward."""
     x = torch.ones(3, device=device, requires_grad=True)

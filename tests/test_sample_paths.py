@@ -103,6 +103,20 @@ def test_dead_candidates_are_never_drawn(dead, two, device, tolerances):
     assert gradient[where].eq(0).all() and gradient[alive <= 1].eq(0).all()
 
 
+@pytest.mark.parametrize("two", [False, True])
+def test_infinite_logits_take_all(two, device, tolerances):
+    logits = make_logits(200, 6, torch.float64, device)
+    logits[:100, 2] = math.inf
+    logits[:50, 5] = math.inf
+    paths = check_against_reference(logits.requires_grad_(), 1, 2, None, two, tolerances)
+    assert paths.probs.isfinite().all()
+    if not two:
+        assert set(paths.active[:50].tolist()) == {2, 5} and paths.active[50:100].eq(2).all()
+        assert paths.probs[:50, 0].eq(0.5).all() and paths.probs[50:100, 0].eq(1).all()
+    (gradient,) = torch.autograd.grad(paths.probs.square().sum(), [logits])
+    assert gradient.isfinite().all() and gradient[50:100, 2].eq(0).all()
+
+
 def test_huge_differences_of_logits(device):
     for far in (40.0, 1e3, 1e30):
         logits = torch.tensor([[far, 0.0, -far]] * 50, device=device)

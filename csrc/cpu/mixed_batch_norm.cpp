@@ -22,6 +22,8 @@ NormTable make_norm_table(const char* op, int64_t C, const at::Tensor& weights,
   t.beta.assign(K * C, 0.0);
   int64_t row = 0;
   for (int64_t k = 0; k < K; ++k) {
+    TORCH_CHECK_VALUE(kinds[k] >= kPlain && kinds[k] <= kRunning, op,
+                      ": expected kinds of 0, 1 or 2, but got ", kinds[k]);
     t.affine_row.push_back(affine[k] ? row : -1);
     if (!affine[k]) continue;
     TORCH_CHECK_VALUE(row < static_cast<int64_t>(gammas.size()) && gammas[row].numel() == C &&

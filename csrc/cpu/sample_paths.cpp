@@ -22,8 +22,8 @@ double probability(const double* logits, int64_t count, int64_t k, Kept kept) {
   for (int64_t j = 0; j < count; ++j)
     if (kept(j)) top = std::max(top, logits[j]);
   for (int64_t j = 0; j < count; ++j)
-    if (kept(j)) sum += std::exp(logits[j] - top);
-  return std::exp(logits[k] - top) / sum;
+    if (kept(j)) sum += std::exp(below_top(logits[j], top));
+  return std::exp(below_top(logits[k], top)) / sum;
 }
 
 }  // namespace

@@ -67,10 +67,12 @@ __global__ void __launch_bounds__(kThreads) paths_kernel(const __grid_constant__
   kept_top = warp_max(kept_top);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i)
-    if (kept[i]) sum += exp(logit[i] - kept_top);
+    if (kept[i]) sum += exp(below_top(logit[i], kept_top));
   sum = warp_sum(sum);
-  const double first = exp(entry(logit, path.active < 0 ? 0 : path.active) - kept_top) / sum;
-  const double second = exp(entry(logit, path.inactive < 0 ? 0 : path.inactive) - kept_top) / sum;
+  const double first =
+      exp(below_top(entry(logit, path.active < 0 ? 0 : path.active), kept_top)) / sum;
+  const double second =
+      exp(below_top(entry(logit, path.inactive < 0 ? 0 : path.inactive), kept_top)) / sum;
   if (lane != 0) return;
   args.active[e] = path.active;
   args.inactive[e] = path.inactive;

@@ -26,6 +26,15 @@ def fake_like(x: Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None)
     return x.new_empty(size, dtype=dtype).to(memory_format=memory_format(x))
 
 
+def check_devices(op: str, first: Tensor, *others: Tensor) -> None:
+    """Raise unless all are on one device; for fake kernels, which one meta tensor would choose."""
+    for t in others:
+        if t.device != first.device:
+            raise ValueError(
+                f"{op}: expected all tensors on one device, but got {first.device} and {t.device}"
+            )
+
+
 def check_candidates(op: str, xs: Sequence[Tensor], name: str = "xs") -> None:
     """Raise unless ``xs`` is a non-empty list of floating-point tensors of one shape and device."""
     if isinstance(xs, Tensor):

@@ -48,7 +48,7 @@ class NormArguments(NamedTuple):
     updates: list[Update]
 
 
-_TORCH_NORMS = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
+_TORCH_NORMS: frozenset[type] = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
 
 
 def _tensors(norm: Norm) -> tuple[Tensor | None, ...]:
@@ -63,6 +63,27 @@ def _tensors(norm: Norm) -> tuple[Tensor | None, ...]:
     return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 
+_NAMES = ("weight", "bias", "running_mean", "running_var")
+
+
+def _check_class(op: str, k: int, norm: Norm) -> None:
+    """Raise for a module that normalises in another way than BatchNorm, or is not ready to."""
+    if not isinstance(norm, nn.Module):
+        return  # an object with the attributes of one
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    is_one = isinstance(norm, batch_norm) and not isinstance(norm, nn.SyncBatchNorm)
+    if not is_one or type(norm).forward is not batch_norm.forward:
+        raise TypeError(
+            f"{op}: expected norms[{k}] to be None or a BatchNorm with the forward of torch's, but "
+            f"got {type(norm).__name__}; call it yourself and pass None in its place"
+        )
+    if isinstance(norm, nn.modules.lazy.LazyModuleMixin) and norm.has_uninitialized_params():
+        raise ValueError(
+            f"{op}: expected norms[{k}] with parameters, but got a {type(norm).__name__} that has "
+            f"seen no input yet"
+        )
+
+
 def gather_norms(
     op: str, xs: Sequence[Tensor], norms: Sequence[Norm | None], training: bool | None
 ) -> NormArguments:
@@ -74,7 +95,7 @@ def gather_norms(
         )
     if xs[0].dim() < 2:
         raise ValueError(f"{op}: expected inputs of shape (N, C, ...), but got {list(xs[0].shape)}")
-    channels = xs[0].shape[1]
+    channels, device = xs[0].shape[1], xs[0].device
     shape = (channels,)
     out = NormArguments((), (), (), [], [], [], [], [])
     kinds, eps, affine = [], [], []
@@ -85,27 +106,37 @@ def gather_norms(
             affine.append(False)
             continue
         train = norm.training if training is None else training
-        weight, bias, mean, var, counter = _tensors(norm)
+        if type(norm) not in _TORCH_NORMS:
+            _check_class(op, k, norm)
+        weight, bias, mean, var, counter = tensors = _tensors(norm)
+        for name, t in zip(_NAMES, tensors, strict=False):
+            if t is not None and (t.shape != shape or t.device != device):
+                raise ValueError(
+                    f"{op}: expected norms[{k}].{name} of shape [{channels}] on {device} like the "
+                    f"inputs' channels, but got {list(t.shape)} on {t.device}"
+                )
+        if (mean is None) != (var is None):
+            raise ValueError(
+                f"{op}: expected norms[{k}] with running_mean and running_var or without both, "
+                f"but got one of them"
+            )
         if train or mean is None or var is None:
             kinds.append(BATCH)
             if train and mean is not None and getattr(norm, "track_running_stats", True):
-                assert var is not None
+                assert var is not None  # as checked
                 out.updates.append(Update(k, mean, var, counter, norm.momentum))
         else:
             kinds.append(RUNNING)
             out.running_means.append(mean)
             out.running_vars.append(var)
         eps.append(norm.eps)
-        affine.append(weight is not None)
+        affine.append(weight is not None or bias is not None)
         if weight is not None:
             out.gammas.append(weight)
             out.betas.append(torch.zeros_like(weight) if bias is None else bias)
-        for name, t in (("weight", weight), ("running_mean", mean)):
-            if t is not None and t.shape != shape:
-                raise ValueError(
-                    f"{op}: expected norms[{k}].{name} of shape [{channels}] like the inputs' "
-                    f"channels, but got {list(t.shape)}"
-                )
+        elif bias is not None:
+            out.gammas.append(torch.ones_like(bias))
+            out.betas.append(bias)
     count = xs[0].numel() // max(channels, 1)
     if count == 1 and BATCH in kinds:
         raise ValueError(
@@ -133,10 +164,22 @@ def update_running_statistics(
         var: ``(K, C)`` biased batch variances; the running one takes the unbiased.
         count: values per channel.
     """
+    if not updates:
+        return
+    if len({id(u.mean) for u in updates}) < len(updates):
+        # One norm of several candidates: its steps build on each other.
+        for u in updates:
+            _update([u], mean, var, count)
+    else:
+        _update(updates, mean, var, count)
+
+
+def _update(updates: Sequence[Update], mean: Tensor, var: Tensor, count: int) -> None:
+    """The same for norms that are all different."""
     counters = [u.counter for u in updates if u.counter is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    if not updates or count == 0:  # an empty batch is counted, and leaves no statistics
+    if count == 0:  # an empty batch is counted, and leaves no statistics
         return
     means, variances = mean.unbind(0), (var * (count / (count - 1))).unbind(0)
     first = updates[0]
@@ -151,11 +194,12 @@ def update_running_statistics(
         return
     for u in updates:
         for running, new in ((u.mean, means[u.k]), (u.var, variances[u.k])):
-            if u.momentum is None:
+            factor: Any = u.momentum
+            if factor is None and u.counter is None:
+                continue  # torch takes a factor of 0 for a cumulative average without a counter
+            if factor is None:
                 # A cumulative average: the factor stays a tensor, reading it would wait for the
                 # device.
                 assert u.counter is not None
-                factor: Any = u.counter.to(running.dtype).reciprocal()
-            else:
-                factor = u.momentum
+                factor = u.counter.to(running.dtype).reciprocal()
             running.lerp_(new.to(running.dtype), factor)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastnas._extension import has_kernels
 from fastnas.ops import reference
-from fastnas.ops._common import check_candidates
+from fastnas.ops._common import check_candidates, check_devices
 from fastnas.ops._norms import spread
 
 
@@ -111,4 +111,5 @@ class GateGradient(torch.autograd.Function):
 
 @torch.library.register_fake("fastnas::gate_gradient")
 def _(grad_output: Tensor, outputs: list[Tensor], probs: Tensor, present: list[bool]) -> Tensor:
+    check_devices("gate_gradient", grad_output, probs, *outputs)
     return torch.empty_like(probs)

@@ -14,6 +14,7 @@ from fastnas.ops import reference
 from fastnas.ops._common import (
     as_weights,
     check_candidates,
+    check_devices,
     differentiate,
     fake_like,
     memory_format,
@@ -48,7 +49,8 @@ def mixed_batch_norm(
 
     Raises:
         ValueError: counts or shapes that do not fit, or one value per channel in training.
-        TypeError: an input is not a floating-point tensor.
+        TypeError: an input is not a floating-point tensor, or a norm is a module of another kind
+            (``SyncBatchNorm``, whose statistics go over processes, among them).
     """
     check_candidates("mixed_batch_norm", xs)
     w = as_weights("mixed_batch_norm", weights, xs)
@@ -130,7 +132,9 @@ class MixedBatchNorm(torch.autograd.Function):
         k = len(kinds)
         keep = inputs_to_save(kinds, affine, need_w, need[:k], any(need[k : k + 2 * len(gammas)]))
         saved = [x if kept else x.new_empty(0) for x, kept in zip(xs, keep, strict=True)]
-        ctx.save_for_backward(weights, mean, var, *saved, *tensors[k:])
+        # Not the running statistics: a training step may move them before the backward, and mean
+        # and var hold the values that were used.
+        ctx.save_for_backward(weights, mean, var, *saved, *gammas, *betas)
         ctx.kinds, ctx.eps, ctx.affine = kinds, eps, affine
         ctx.format = memory_format(xs[0])
         ctx.dtypes = [t.dtype for t in tensors]
@@ -148,8 +152,8 @@ class MixedBatchNorm(torch.autograd.Function):
         kinds, eps, affine = ctx.kinds, ctx.eps, ctx.affine
         weights, mean, var, *tensors = ctx.saved_tensors
         need_w, *need = ctx.needs_input_grad[3:]
-        xs, gammas, betas, *_ = split_tensors(kinds, affine, tensors)
-        k = len(kinds)
+        k, rows = len(kinds), sum(affine)
+        xs, gammas, betas = tensors[:k], tensors[k : k + rows], tensors[k + rows :]
         if torch.is_grad_enabled() or not has_kernels(grad.device.type):
             stand_ins = [
                 x if x.shape == grad.shape else grad.new_zeros((), dtype=x.dtype).expand_as(grad)
@@ -157,7 +161,7 @@ class MixedBatchNorm(torch.autograd.Function):
             ]
             grads = differentiate(
                 lambda w, *t: composite(kinds, eps, affine, w, t)[0],
-                (weights, *stand_ins, *tensors[k:]),
+                (weights, *stand_ins, *gammas, *betas, *used_statistics(kinds, mean, var)),
                 (need_w, *need),
                 grad,
             )
@@ -167,6 +171,12 @@ class MixedBatchNorm(torch.autograd.Function):
             grad, xs, weights, mean, var, kinds, eps, affine, gammas, betas, need[:k], need_w
         )
         return (None, None, None, *pack_gradients(ctx, dxs, dw, dgamma, dbeta))
+
+
+def used_statistics(kinds: Sequence[int], mean: Tensor, var: Tensor) -> list[Tensor]:
+    """The running means and variances of the flat argument list, from what the forward returned."""
+    rows = [k for k, kind in enumerate(kinds) if kind == RUNNING]
+    return [table[k] for table in (mean, var) for k in rows]
 
 
 def pack_gradients(
@@ -199,6 +209,8 @@ def _(
     running_means: list[Tensor],
     running_vars: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (weights, *xs, *gammas, *betas, *running_means, *running_vars)
+    check_devices("mixed_batch_norm", *tensors)
     mean = weights.new_empty(len(xs), xs[0].shape[1])
     y = fake_like(xs[0], reference.result_dtype(xs))
     return y, mean, torch.empty_like(mean)
@@ -219,6 +231,8 @@ def _(
     need_xs: list[bool],
     need_weights: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    tensors = (grad, weights, mean, var, *xs, *gammas, *betas)
+    check_devices("mixed_batch_norm_backward", *tensors)
     like = next((x for x in xs if x.shape == grad.shape), grad)
     dxs = [fake_like(like, grad.dtype) for need in need_xs if need]
     dgamma = weights.new_empty(len(gammas), grad.shape[1])

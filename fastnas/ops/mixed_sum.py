@@ -14,6 +14,7 @@ from fastnas.ops import reference
 from fastnas.ops._common import (
     as_weights,
     check_candidates,
+    check_devices,
     differentiate,
     fake_like,
     memory_format,
@@ -92,6 +93,7 @@ class MixedSum(torch.autograd.Function):
 
 @torch.library.register_fake("fastnas::mixed_sum")
 def _(xs: list[Tensor], weights: Tensor) -> Tensor:
+    check_devices("mixed_sum", weights, *xs)
     return fake_like(xs[0], reference.result_dtype(xs))
 
 
@@ -99,5 +101,6 @@ def _(xs: list[Tensor], weights: Tensor) -> Tensor:
 def _(
     grad: Tensor, xs: list[Tensor], weights: Tensor, need_xs: list[bool], need_weights: bool
 ) -> tuple[list[Tensor], Tensor]:
+    check_devices("mixed_sum_backward", grad, weights, *xs)
     dxs = [fake_like(grad, grad.dtype) for need in need_xs if need]
     return dxs, torch.empty_like(weights) if need_weights else weights.new_empty(0)

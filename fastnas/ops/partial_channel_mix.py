@@ -14,6 +14,7 @@ from fastnas.ops import reference
 from fastnas.ops._common import (
     as_weights,
     check_candidates,
+    check_devices,
     differentiate,
     fake_like,
     memory_format,
@@ -24,6 +25,7 @@ from fastnas.ops.mixed_batch_norm import (
     inputs_to_save,
     pack_gradients,
     split_tensors,
+    used_statistics,
 )
 
 
@@ -83,6 +85,8 @@ def partial_channel_mix(
 def _bypassed(x: Tensor, mixed: Tensor, k: int) -> Tensor:
     """The channels of ``x`` that no candidate saw, after checking that everything fits."""
     op = "partial_channel_mix"
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"{op}: expected k to be an integer, but got {type(k).__name__}")
     if k < 2:
         raise ValueError(f"{op}: expected k of at least 2, but got {k}")
     if x.dim() != 4 or mixed.dim() != 4:
@@ -132,7 +136,8 @@ class PartialChannelMix(torch.autograd.Function):
         # A copied bypass has a gradient without its values; a pooled one needs them to find the
         # maxima again.
         kept_rest = rest if need_rest and pooled else rest.new_empty(0)
-        ctx.save_for_backward(kept_rest, weights, mean, var, *saved, *tensors[n:])
+        # Not the running statistics, as in mixed_batch_norm.
+        ctx.save_for_backward(kept_rest, weights, mean, var, *saved, *gammas, *betas)
         ctx.k, ctx.kinds, ctx.eps, ctx.affine = k, kinds, eps, affine
         ctx.format = memory_format(xs[0])
         ctx.dtypes = [t.dtype for t in tensors]
@@ -152,21 +157,22 @@ class PartialChannelMix(torch.autograd.Function):
         rest, weights, mean, var, *tensors = ctx.saved_tensors
         need_rest, need_w, *need = ctx.needs_input_grad[4:]
         rest_shape, rest_dtype = ctx.rest
-        n = len(kinds)
+        n, rows = len(kinds), sum(affine)
+        xs, gammas, betas = tensors[:n], tensors[n : n + rows], tensors[n + rows :]
         if torch.is_grad_enabled() or not has_kernels(grad.device.type):
 
             def stand_in(x: Tensor, shape: torch.Size) -> Tensor:
                 return x if x.shape == shape else x.new_zeros(()).expand(shape)
 
-            xs = [stand_in(x, ctx.mixed_shape) for x in tensors[:n]]
+            stand_ins = [stand_in(x, ctx.mixed_shape) for x in xs]
+            statistics = used_statistics(kinds, mean, var)
             composite = differentiate(
                 lambda r, w, *t: _join(k, kinds, eps, affine, r, w, t)[0],
-                (stand_in(rest, rest_shape), weights, *xs, *tensors[n:]),
+                (stand_in(rest, rest_shape), weights, *stand_ins, *gammas, *betas, *statistics),
                 (need_rest, need_w, *need),
                 grad,
             )
             return (None, None, None, None, *composite)
-        xs, gammas, betas, *_ = split_tensors(kinds, affine, tensors)
         grad = grad.contiguous(memory_format=ctx.format)
         drest, dxs, dw, dgamma, dbeta = torch.ops.fastnas.partial_channel_mix_backward(
             grad, rest, list(rest_shape[2:]), xs, weights, k, mean, var, kinds, eps, affine, gammas,
@@ -205,6 +211,8 @@ def _(
     running_means: list[Tensor],
     running_vars: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    op = "partial_channel_mix"
+    check_devices(op, rest, weights, *xs, *gammas, *betas, *running_means, *running_vars)
     n, c, *space = xs[0].shape
     mean = weights.new_empty(len(xs), c)
     y = fake_like(xs[0], reference.result_dtype([*xs, rest]), (n, k * c, *space))
@@ -230,6 +238,8 @@ def _(
     need_xs: list[bool],
     need_weights: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    op = "partial_channel_mix_backward"
+    check_devices(op, grad, rest, weights, mean, var, *xs, *gammas, *betas)
     n, channels, *space = grad.shape
     c = channels // k
     like = next((x for x in xs if x.dim() == grad.dim()), grad)

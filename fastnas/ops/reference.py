@@ -254,6 +254,10 @@ def path_softmax(
     paired = (inactive >= 0).unsqueeze(1)
     kept = torch.where(paired, chosen | other, torch.ones_like(chosen))
     x = x.masked_fill(~kept | torch.isnan(x), -torch.inf)
+    # +inf is the limit of a growing logit: those that have it share everything.
+    infinite = torch.isposinf(x)
+    x = x.masked_fill(infinite.any(1, keepdim=True) & ~infinite, -torch.inf)
+    x = x.masked_fill(infinite, 0.0)
     # An edge without live candidates chooses nothing; equal logits keep NaN out of its gradient.
     x = x.masked_fill((active < 0).unsqueeze(1), 0.0)
     return torch.softmax(x, 1), chosen, other

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastnas._extension import has_kernels
 from fastnas.ops import reference
-from fastnas.ops._common import MAX_CANDIDATES
+from fastnas.ops._common import MAX_CANDIDATES, check_devices
 
 
 class Paths(NamedTuple):
@@ -49,7 +49,7 @@ def sample_paths(
 
     Args:
         logits: ``(E, K)`` floating point, K at most 64. A logit of -inf or NaN marks a dead
-            candidate.
+            candidate; one of +inf has all the probability, shared with others of +inf.
         seed: non-negative integer below 2^64.
         step: non-negative integer below 2^64; another step, another draw.
         counts: ``(E,)`` int64, the number of candidates of each edge (the first ones of its row);
@@ -134,5 +134,6 @@ class SamplePaths(torch.autograd.Function):
 def _(
     logits: Tensor, counts: Tensor | None, seed: int, step: int, two: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices("sample_paths", logits, *([] if counts is None else [counts]))
     active = logits.new_empty(logits.shape[0], dtype=torch.int64)
     return active, torch.empty_like(active), logits.new_empty(logits.shape[0], 2)
