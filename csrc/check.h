@@ -74,6 +74,27 @@ inline void check_weights(const char* op, const at::Tensor& weights, size_t coun
   check_floating(op, "weights", weights);
 }
 
+inline void check_int64(const char* op, const char* name, const at::Tensor& x, int64_t count,
+                        const at::Tensor& like) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kLong, op, ": expected ", name,
+                   " of dtype int64, but got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == 1 && x.size(0) == count && x.device() == like.device(), op,
+                    ": expected ", name, " of shape [", count, "] on ", like.device(), ", but got ",
+                    x.sizes(), " on ", x.device());
+}
+
+// What the backward of sample_paths takes beside the logits of E edges.
+inline void check_path_gradient(const char* op, const at::Tensor& grad, const at::Tensor& active,
+                                const at::Tensor& inactive, int64_t E, const at::Tensor& logits) {
+  check_floating(op, "grad", grad);
+  TORCH_CHECK_VALUE(
+      grad.dim() == 2 && grad.size(0) == E && grad.size(1) == 2 && grad.device() == logits.device(),
+      op, ": expected grad of shape [", E, ", 2] on ", logits.device(), ", but got ", grad.sizes(),
+      " on ", grad.device());
+  check_int64(op, "active", active, E, logits);
+  check_int64(op, "inactive", inactive, E, logits);
+}
+
 // What passes by the mixed channels of partial_channel_mix, against outputs (N, c, oh, ow).
 inline void check_bypass(const char* op, int64_t k, at::IntArrayRef rest_shape, int64_t N,
                          int64_t c, int64_t oh, int64_t ow) {

@@ -40,5 +40,8 @@ TORCH_LIBRARY(fastnas, m) {
       "sample_paths(Tensor logits, Tensor? counts, int seed, int step, bool two) -> (Tensor, "
       "Tensor, Tensor)");
   m.def(
+      "sample_paths_backward(Tensor grad, Tensor logits, Tensor? counts, Tensor active, Tensor "
+      "inactive) -> Tensor");
+  m.def(
       "gate_gradient(Tensor grad_output, Tensor[] outputs, Tensor probs, int[] present) -> Tensor");
 }

@@ -199,6 +199,10 @@ def samples(device):
     logits, counts = torch.randn(3, 4, device=device), torch.tensor([4, 0, 2], device=device)
     yield "one", "sample_paths", (logits, None, 1, 2, False)
     yield "two", "sample_paths", (logits.bfloat16(), counts, -1, 2**40, True)
+    grad = torch.randn(3, 2, device=device)
+    first, second = (torch.tensor(i, device=device) for i in ([1, -1, 0], [2, -1, -1]))
+    yield "one", "sample_paths_backward", (grad, logits, None, first, second - 3 * (second > 0))
+    yield "two", "sample_paths_backward", (grad, logits.bfloat16(), counts, first, second)
     xs = tensors(3, size, device, (F32, BF16), both)
     yield "gates", "gate_gradient", (xs[0], xs[1:], w4, [1, 0, 0, 1])
     yield "nothing", "gate_gradient", (xs[0], [], w4.double(), [0] * 4)
@@ -212,6 +216,7 @@ OPS = (
     "partial_channel_mix",
     "partial_channel_mix_backward",
     "sample_paths",
+    "sample_paths_backward",
     "gate_gradient",
 )
 

@@ -262,6 +262,25 @@ def test_gradcheck_and_gradgradcheck(ragged, two, device):
     assert torch.autograd.gradgradcheck(probs, (logits,))
 
 
+@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("shape", [(9, 5), (3, 64), (40, 33), (2, 1), (0, 4)], ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+def test_gradient_of_the_reference(dtype, shape, two, device, tolerances):
+    edges, count = shape
+    logits = make_logits(edges, count, dtype, device)
+    logits[1:2, :2], logits[2:3, count // 2 :] = -math.inf, math.nan
+    counts = (torch.arange(edges, device=device) * 7 + 3) % (count + 1)
+    for view in (logits, logits.t().contiguous().t()):
+        leaf = view.detach().requires_grad_()
+        paths = sample_paths(leaf, 3, 1, counts, two)
+        grad = cases.draw((edges, 2), 5).to(device, dtype)
+        (gradient,) = torch.autograd.grad(paths.probs, [leaf], grad)
+        exact = leaf.detach().double().requires_grad_()
+        expected = reference.path_probabilities(exact, counts, paths.active, paths.inactive)
+        assert_near(gradient, *torch.autograd.grad(expected, [exact], grad.double()), tolerances)
+        assert gradient.dtype == dtype
+
+
 def test_gradient_stays_within_the_pair(device):
     logits = make_logits(6, 5, torch.float64, device).requires_grad_()
     paths = sample_paths(logits, 3, 1, two=True)
@@ -308,3 +327,22 @@ def test_the_raw_op_checks_its_arguments(device):
         op(logits, torch.ones(2, dtype=torch.int64, device=device), 0, 0, False)
     with raises(TypeError, "sample_paths: expected counts of dtype int64", "Float"):
         op(logits, torch.ones(3, device=device), 0, 0, False)
+
+
+def test_the_raw_backward_checks_its_arguments(device):
+    op = torch.ops.fastnas.sample_paths_backward
+    logits, grad = torch.zeros(3, 2, device=device), torch.zeros(3, 2, device=device)
+    index = torch.zeros(3, dtype=torch.int64, device=device)
+    with raises(ValueError, "sample_paths_backward: expected grad of shape [3, 2]", "[2, 2]"):
+        op(grad[1:], logits, None, index, index)
+    with raises(TypeError, "sample_paths_backward: expected active of dtype int64", "Float"):
+        op(grad, logits, None, grad[:, 0], index)
+    with raises(ValueError, "sample_paths_backward: expected inactive of shape [3]", "[2]"):
+        op(grad, logits, None, index, index[1:])
+
+
+def test_the_raw_backward_counts_candidates():
+    """On the CPU alone: elsewhere the values would have to be waited for."""
+    logits, index = torch.zeros(3, 2), torch.full((3,), 2)
+    with raises(ValueError, "expected active and inactive below the 2 candidates of edge 0"):
+        torch.ops.fastnas.sample_paths_backward(logits, logits, None, index, index - 2)

@@ -119,10 +119,15 @@ class SamplePaths(torch.autograd.Function):
     def backward(
         ctx: Any, _active: Tensor | None, _inactive: Tensor | None, grad: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Gradient of the logits: a few numbers an edge, in operations with derivatives."""
+        """Gradient of the logits."""
         if grad is None:
             return (None,) * 5
         logits, counts, active, inactive = ctx.saved_tensors
+        if not torch.is_grad_enabled() and has_kernels(logits.device.type):
+            dlogits = torch.ops.fastnas.sample_paths_backward(
+                grad, logits, counts, active, inactive
+            )
+            return (dlogits, None, None, None, None)
         p, chosen, other = reference.path_softmax(logits, counts, active, inactive)
         grad = grad.to(p.dtype)
         dp = grad[:, :1] * chosen + grad[:, 1:] * other
@@ -137,3 +142,12 @@ def _(
     check_devices("sample_paths", logits, *([] if counts is None else [counts]))
     active = logits.new_empty(logits.shape[0], dtype=torch.int64)
     return active, torch.empty_like(active), logits.new_empty(logits.shape[0], 2)
+
+
+@torch.library.register_fake("fastnas::sample_paths_backward")
+def _(
+    grad: Tensor, logits: Tensor, counts: Tensor | None, active: Tensor, inactive: Tensor
+) -> Tensor:
+    others = [] if counts is None else [counts]
+    check_devices("sample_paths_backward", grad, logits, active, inactive, *others)
+    return logits.new_empty(logits.shape)
