@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import ops_cases as cases
 import pytest
 import torch
-from torch import Tensor, nn
+from ops_calls import CALLS, Call, mixed_batch_norm
+from torch import Tensor
 
 import fastnas
 from fastnas import _extension, ops
@@ -21,110 +21,10 @@ pytestmark = [
     pytest.mark.skipif(not _extension.CUDA_VERSION, reason="built without CUDA kernels"),
 ]
 
-SHAPE = (3, 4, 8, 6)
 TWO_DEVICES = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 SLEEP = 400_000_000  # cycles of a GPU, about 0.2 s: longer than the host takes for any call here
 
 
-class Call(NamedTuple):
-    """Inputs on a device, and a forward and backward of an op on any such inputs."""
-
-    inputs: list[Tensor]
-    run: Callable[[Sequence[Tensor]], list[Tensor]]
-    norms: Sequence[nn.Module | None] = ()
-
-
-def _mixed(device, layout, dtype, mix, kinds=None, weights=None, rest_shape=None):
-    """The call of an op of candidates; the gradient of its output is an input as well."""
-    xs, w = cases.make_inputs(7, SHAPE, dtype, layout, device)
-    norms = [] if kinds is None else cases.make_norms(7, SHAPE[1], device, kinds)
-    leaves = [w, *xs]
-    if rest_shape is not None:
-        leaves.append(cases.make(rest_shape, dtype, layout, device, seed=60).requires_grad_())
-    out = SHAPE if rest_shape is None else (SHAPE[0], 4 * SHAPE[1], *SHAPE[2:])
-    grad = cases.make(out, dtype, layout, device, seed=50)
-
-    def run(inputs):
-        *leaves, grad = inputs
-        w, xs, rest = leaves[0], leaves[1:8], leaves[8:]
-        given = w if weights is None else weights(w)
-        y = mix(xs, given, norms, *rest)
-        asked = [*leaves, *cases.affine_parameters(norms)]
-        grads = torch.autograd.grad(y, asked, grad, allow_unused=True)
-        return [y, *(g for g in grads if g is not None)]
-
-    return Call([*leaves, grad], run, norms)
-
-
-def mixed_sum(device, layout="contiguous", dtype=torch.float32, weights=None):
-    return _mixed(device, layout, dtype, lambda xs, w, norms: ops.mixed_sum(xs, w), weights=weights)
-
-
-def mixed_batch_norm(device, layout="contiguous", dtype=torch.float32):
-    return _mixed(device, layout, dtype, ops.mixed_batch_norm, kinds=0)
-
-
-def partial_channel_mix(device, layout="contiguous", dtype=torch.float32, pooled=False):
-    n, c, h, w = SHAPE
-    size = (n, 3 * c, 2 * h + 1, 2 * w) if pooled else (n, 3 * c, h, w)
-    return _mixed(
-        device,
-        layout,
-        dtype,
-        lambda xs, weights, norms, rest: ops.partial_channel_mix(rest, xs, weights, 4, norms),
-        kinds=2,
-        rest_shape=size,
-    )
-
-
-def gate_gradient(device, layout="contiguous", dtype=torch.float32):
-    xs, _ = cases.make_inputs(3, SHAPE, dtype, layout, device)
-    grad = cases.make(SHAPE, dtype, layout, device, seed=50)
-    v = cases.make((4,), torch.float32, device=device, seed=51)
-    probs = torch.softmax(cases.draw((4,), 52), 0).to(device).requires_grad_()
-
-    def run(inputs):
-        *xs, probs, grad, v = inputs
-        alpha = ops.gate_gradient(grad, [*xs, None], probs)
-        return [alpha, *torch.autograd.grad(alpha, [probs, *xs], v)]
-
-    return Call([*xs, probs, grad, v], run)
-
-
-def sample_paths(device, two=True):
-    logits = cases.make((9, 7), device=device).requires_grad_()
-    counts = torch.tensor([7, 3, 1, 7, 2, 6, 5, 4, 7]).to(device)
-    grad = cases.make((9, 2), device=device, seed=53)
-
-    def run(inputs):
-        logits, counts, grad = inputs
-        paths = ops.sample_paths(logits, 5, 6, counts, two)
-        return [*paths, *torch.autograd.grad(paths.probs, [logits], grad)]
-
-    return Call([logits, counts, grad], run)
-
-
-def numbers(w):
-    """Weights that are numbers of the host."""
-    return [0.5, -1.0, 2.0, 0.25, 0.0, 1.0, 3.0]
-
-
-def some_numbers(w):
-    return [w[0], 0.5, w[2], *w[3:].unbind()]
-
-
-CALLS = {
-    "mixed_sum": mixed_sum,
-    "mixed_sum of numbers": lambda device, **kw: mixed_sum(device, weights=numbers, **kw),
-    "mixed_sum of both": lambda device, **kw: mixed_sum(device, weights=some_numbers, **kw),
-    "mixed_batch_norm": mixed_batch_norm,
-    "partial_channel_mix": partial_channel_mix,
-    "partial_channel_mix, pooled": lambda device, **kw: partial_channel_mix(
-        device, pooled=True, **kw
-    ),
-    "gate_gradient": gate_gradient,
-    "sample_paths": lambda device, layout="", dtype=None: sample_paths(device),
-}
 EVERY = pytest.mark.parametrize("name", CALLS)
 LAYOUTS = pytest.mark.parametrize("layout", cases.LAYOUTS)
 
