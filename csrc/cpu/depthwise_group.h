@@ -162,7 +162,7 @@ class Depthwise {
 
   // The weight of every tap for every lane, for all groups of planes that have different channels.
   AlignedVector<acc_t> weight_table(const std::vector<Phase>& phases,
-                                  const std::vector<const acc_t*>& weights) const {
+                                    const std::vector<const acc_t*>& weights) const {
     AlignedVector<acc_t> out;
     out.reserve(tables_ * taps_ * L_);
     for (int64_t j = 0; j < tables_; ++j)
@@ -255,20 +255,26 @@ class Depthwise {
     return (unit / slabs_ - first / slabs_) % tables_;
   }
 
+  // Tasks first, then lanes: the order is the same for every number of threads.
   void fold(const std::vector<double>& partial, int64_t each, int64_t slots,
             std::vector<std::vector<double>>& dws) const {
+    const int64_t row = taps_ * L_;
+    std::vector<double> total(tables_ * row);
     const double* from = partial.data();
     for (int64_t first = 0; first < units_; first += each)
-      for (int64_t slot = 0; slot < slots; ++slot)
-        for (const Phase& p : outputs_) {
-          std::vector<double>& dw = dws[p.convolution];
-          const int64_t size = group_.convolutions[p.convolution].taps();
-          for (int64_t t : p.taps) {
-            int64_t c = (first / slabs_ + slot) * L_ % group_.C;
-            for (int64_t l = 0; l < L_; ++l, ++from, c = c + 1 < group_.C ? c + 1 : 0)
-              if (!dw.empty()) dw[c * size + t] += *from;
-          }
-        }
+      for (int64_t slot = 0; slot < slots; ++slot, from += row) {
+        double* to = total.data() + (first / slabs_ + slot) % tables_ * row;
+        for (int64_t i = 0; i < row; ++i) to[i] += from[i];
+      }
+    from = total.data();
+    for (int64_t j = 0; j < tables_; ++j)
+      for (const Phase& p : outputs_) {
+        std::vector<double>& dw = dws[p.convolution];
+        const int64_t size = group_.convolutions[p.convolution].taps();
+        for (int64_t t : p.taps)
+          for (int64_t l = 0; l < L_; ++l, ++from)
+            if (!dw.empty()) dw[(j * L_ + l) % group_.C * size + t] += *from;
+      }
   }
 
   template <typename F>
