@@ -15,8 +15,10 @@ import threading
 import time
 from pathlib import Path
 
+import harness
 import pytest
 import report
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "gpu_check"
@@ -302,6 +304,12 @@ def test_the_suite_and_the_benchmarks_run_without_their_plugins(tmp_path):
     where = str(ROOT / "benchmarks" / "bench_sample_paths.py")
     done = pytest_in(environment, where, "-k", "test_ratio", "--benchmark-disable")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_l2_is_flushed_by_writing():
+    buffer = torch.ones(5, dtype=torch.int8)
+    harness.overwriter(buffer)()
+    assert not buffer.any()
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ PYBIND11_MODULE(simt_kernels, m) {
   m.def("take_damage", &simt::take_damage);
   m.def("set_seed", &simt::set_seed);
   m.def("set_narrow_limit", [](int64_t limit) { simt::narrow_limit = limit; });
+  m.def("set_grid_limit", [](int64_t limit) { simt::grid_limit = limit; });
   m.def("launches", &simt::launches);
   m.def("run_fault", [](const std::string& name) {
     at::Tensor data = at::empty({16}, at::kFloat);

@@ -53,12 +53,20 @@ def flags(macros: tuple[str, ...]) -> list[str]:
     ]
 
 
+# Kernels call memory.cpp at every load and store (not libtsan, which is not linked), and where a
+# pointer is misaligned.
+WATCHED = (
+    *("-fsanitize=thread,alignment", "-fno-sanitize-recover=alignment"),
+    *("--param", "tsan-instrument-func-entry-exit=0"),
+)
+
+
 def _object(source: Path, folder: Path, options: list[str]) -> Path:
-    language = ["-x", "c++"] if source.suffix == ".cu" else []
+    language = ["-x", "c++", *WATCHED] if source.suffix == ".cu" else []
     command = [str(compiler()), *options, *language, "-c", str(source)]
     everything = subprocess.run([*command, "-MM"], check=True, capture_output=True, text=True)
     headers = everything.stdout.split(":", 1)[1].replace("\\\n", " ").split()
-    digest = hashlib.sha256(" ".join([torch.__version__, *options]).encode())
+    digest = hashlib.sha256(" ".join([torch.__version__, *options, *language]).encode())
     for header in sorted(headers):
         digest.update(Path(header).read_bytes())
     made = folder / f"{source.name}.{digest.hexdigest()[:16]}.o"
@@ -86,7 +94,7 @@ def build(name: str = "plain", macros: tuple[str, ...] = ()) -> ModuleType:
     includes = "".join(f'#include "{path}"\n' for path in HOSTS)
     if not hosts.exists() or hosts.read_text() != includes:
         hosts.write_text(includes)
-    sources = [hosts, HERE / "simt.cpp", *KERNELS]
+    sources = [hosts, HERE / "simt.cpp", HERE / "memory.cpp", *KERNELS]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda s: _object(s, folder, options), sources))
     library = folder / f"simt_kernels{importlib.machinery.EXTENSION_SUFFIXES[0]}"

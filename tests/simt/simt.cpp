@@ -2,19 +2,17 @@
 #include "simt.h"
 
 #include <setjmp.h>
-#include <signal.h>
 #include <stdio.h>
-#include <sys/mman.h>
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdarg>
 #include <map>
 #include <memory>
 #include <random>
+#include <regex>
 #include <string>
 #include <utility>
 
@@ -78,6 +76,7 @@ struct Context {
 };
 #endif
 
+constexpr int kVote = -1;  // the source of a vote
 enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
 
 struct Fiber {
@@ -91,17 +90,15 @@ struct Fiber {
 };
 
 struct Launch {
-  const char* kernel = "";
+  const char *file = "", *launcher = "";
   const std::function<void()>* thread = nullptr;
   int threads = 0;
-  uint64_t epoch = 0;  // barriers passed
   std::map<const void*, Region> shared;
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
 Context scheduler;
 sigjmp_buf failed;
-bool running = false;
 int current = 0;
 Launch now;
 std::string message;
@@ -124,9 +121,23 @@ void wait(State state, int line) {
 
 void resume(int thread) {
   current = thread;
+  position.thread = static_cast<uint32_t>(thread);
   const unsigned t = static_cast<unsigned>(thread), x = blockDim.x, y = blockDim.y;
   threadIdx = {t % x, t / x % y, t / x / y};
   scheduler.go_to(self().context);
+}
+
+// "combine.cu launch_combine [Type<float>, Int<4>, Int<1>]" of a file and a function's whole name.
+std::string kernel_name() {
+  std::string name = now.launcher, types;
+  if (const size_t with = name.find("[with "); with != std::string::npos) {
+    types = name.substr(with + 6);
+    types = " [" + std::regex_replace(
+                       types, std::regex(R"([\w:]+ = |fastnas::cuda::|; using .*(?=\]))"), "");
+    types = std::regex_replace(types, std::regex("; "), ", ");
+  }
+  name = name.substr(0, name.find('('));
+  return std::string(now.file) + " " + name.substr(name.find_last_of(" :") + 1) + types;
 }
 
 template <typename... Args>
@@ -152,16 +163,20 @@ bool release_shuffle(int warp) {
     if (f.mask != mask || f.line != line)
       fail_at(t, "the shuffles at lines %d and %d meet, or masks %08x and %08x", line, f.line, mask,
               f.mask);
-    if (!(mask >> f.source & 1) || first + f.source >= last)
+    if (f.source != kVote && (!(mask >> f.source & 1) || first + f.source >= last))
       fail_at(t, "the shuffle at line %d reads lane %d, which is not in its mask %08x", line,
               f.source, mask);
   }
-  uint64_t values[kWarp] = {};
-  for (int t = first; t < last; ++t) values[t - first] = fibers[t]->value;
+  uint64_t values[kWarp] = {}, votes = 0;
+  for (int t = first; t < last; ++t) {
+    values[t - first] = fibers[t]->value;
+    if ((mask >> (t - first) & 1) && fibers[t]->value) votes |= uint64_t{1} << (t - first);
+  }
   for (int t = first; t < last; ++t) {
     if (!(mask >> (t - first) & 1)) continue;
-    fibers[t]->value = values[fibers[t]->source];
-    fibers[t]->state = State::kReady;
+    Fiber& f = *fibers[t];
+    f.value = f.source == kVote ? votes : values[f.source];
+    f.state = State::kReady;
   }
   return true;
 }
@@ -178,7 +193,7 @@ void release_barrier() {
               fibers[t]->line, line);
   }
   for (int t = 0; t < now.threads; ++t) fibers[t]->state = State::kReady;
-  ++now.epoch;
+  ++position.epoch;
 }
 
 void run_block() {
@@ -216,13 +231,13 @@ int64_t launches() { return launched; }
 int lane() { return current % kWarp; }
 
 void fail(const char* format, ...) {
-  char reason[400], where[200];
+  char reason[400], where[400];
   va_list args;
   va_start(args, format);
   vsnprintf(reason, sizeof(reason), format, args);
   va_end(args);
-  snprintf(where, sizeof(where), "%s block (%u, %u, %u) thread %d: ", now.kernel, blockIdx.x,
-           blockIdx.y, blockIdx.z, current);
+  snprintf(where, sizeof(where), "%s block (%u, %u, %u) thread %d: ", kernel_name().c_str(),
+           blockIdx.x, blockIdx.y, blockIdx.z, current);
   message = std::string(where) + reason;
   siglongjmp(failed, 1);
 }
@@ -239,6 +254,10 @@ uint64_t shuffle(unsigned mask, uint64_t value, int source, int line) {
   return self().value;
 }
 
+unsigned ballot(unsigned mask, bool vote, int line) {
+  return static_cast<unsigned>(shuffle(mask, vote ? 1 : 0, kVote, line));
+}
+
 Region& region(const void* declaration, size_t count, size_t size) {
   Region& r = now.shared[declaration];
   if (r.cells.empty()) {
@@ -251,140 +270,64 @@ Region& region(const void* declaration, size_t count, size_t size) {
 void note_read(Cell& cell, const char* name, size_t index) {
   if (!cell.written)
     fail("element %zu of shared array %s is read, but was never written", index, name);
-  if (cell.write_epoch == now.epoch && cell.writer != current)
+  if (cell.write_epoch == position.epoch && cell.writer != current)
     fail(
         "element %zu of shared array %s is read here and written by thread %d with no barrier "
         "between",
         index, name, cell.writer);
-  cell.reader =
-      cell.read_epoch == now.epoch && cell.reader != current && cell.reader != -1 ? -2 : current;
-  cell.read_epoch = now.epoch;
+  cell.reader = cell.read_epoch == position.epoch && cell.reader != current && cell.reader != -1
+                    ? -2
+                    : current;
+  cell.read_epoch = position.epoch;
 }
 
 void note_write(Cell& cell, const char* name, size_t index) {
-  if (cell.written && cell.write_epoch == now.epoch && cell.writer != current)
+  if (cell.written && cell.write_epoch == position.epoch && cell.writer != current)
     fail("element %zu of shared array %s is written here and by thread %d with no barrier between",
          index, name, cell.writer);
-  if (cell.read_epoch == now.epoch && cell.reader != -1 && cell.reader != current)
+  if (cell.read_epoch == position.epoch && cell.reader != -1 && cell.reader != current)
     fail(
         "element %zu of shared array %s is written here and read by another thread with no barrier "
         "between",
         index, name);
   cell.written = true;
   cell.writer = current;
-  cell.write_epoch = now.epoch;
+  cell.write_epoch = position.epoch;
 }
 
-bool launch(const char* kernel, dim3 grid, dim3 block, const std::function<void()>& thread) {
+bool launch(const char* file, const char* launcher, dim3 grid, dim3 block,
+            const std::function<void()>& thread) {
   ++launched;
   message.clear();
   now = Launch{};
-  now.kernel = strrchr(kernel, '/') ? strrchr(kernel, '/') + 1 : kernel;
+  now.file = strrchr(file, '/') ? strrchr(file, '/') + 1 : file;
+  now.launcher = launcher;
   now.thread = &thread;
   now.threads = static_cast<int>(block.x * block.y * block.z);
+  position = {false, static_cast<uint32_t>(launched), 0, 0, 0};
   blockDim = block;
   gridDim = grid;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (blocks == 0 || grid.y > 65535 || grid.z > 65535 || blocks > kMostBlocks || now.threads == 0 ||
       now.threads > 1024)
-    message = std::string(now.kernel) + ": invalid configuration";
+    message = kernel_name() + ": invalid configuration";
   if (!message.empty()) return false;
   while (fibers.size() < static_cast<size_t>(now.threads))
     fibers.push_back(std::make_unique<Fiber>());
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random_bits);
-  running = true;
+  position.running = true;
   if (sigsetjmp(failed, 1) == 0) {
     for (uint64_t b : order) {
       blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                   static_cast<unsigned>(b / grid.x / grid.y)};
+      position.block = static_cast<uint32_t>(b);
       run_block();
     }
   }
-  running = false;
+  position.running = false;
   return message.empty();
 }
-
-// --- guarded memory --------------------------------------------------------------------------------------------------
-// An allocation ends (to the next multiple of 64 bytes) at a page that may not be touched. What lies between it and its
-// page borders holds a pattern that is checked when it is freed; the allocation itself starts out as NaN.
-
-namespace {
-
-constexpr unsigned char kSlack = 0xa5, kPoison = 0xff;
-
-struct Block {
-  unsigned char *map, *data;
-  size_t mapped, size;
-};
-std::map<void*, Block> blocks;
-std::string damage;
-
-size_t page() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
-
-void on_fault(int, siginfo_t* info, void*) {
-  if (!running) {  // not ours: let it end the process as it would have
-    signal(SIGSEGV, SIG_DFL);
-    return;
-  }
-  const auto* at = static_cast<const unsigned char*>(info->si_addr);
-  for (const auto& [data, b] : blocks)
-    if (at >= b.map && at < b.map + b.mapped)
-      fail("global memory is touched %td bytes past the end of an allocation of %zu",
-           at - (b.data + b.size), b.size);
-  fail("address %p is no memory", info->si_addr);
-}
-
-void install_handler() {
-  static const bool done = [] {
-    static char stack[1 << 16];
-    stack_t alternative{};
-    alternative.ss_sp = stack;
-    alternative.ss_size = sizeof(stack);
-    sigaltstack(&alternative, nullptr);
-    struct sigaction action {};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    sigaction(SIGSEGV, &action, nullptr);
-    return true;
-  }();
-  (void)done;
-}
-
-}  // namespace
-
-void* guarded_alloc(size_t size) {
-  install_handler();
-  const size_t rounded = (size + 63) / 64 * 64, pages = (rounded + page() - 1) / page() * page();
-  void* map =
-      mmap(nullptr, pages + page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (map == MAP_FAILED) return nullptr;
-  Block b{static_cast<unsigned char*>(map), nullptr, pages + page(), size};
-  b.data = b.map + pages - rounded;
-  std::memset(b.map, kSlack, pages);
-  std::memset(b.data, kPoison, size);
-  mprotect(b.map + pages, page(), PROT_NONE);
-  blocks[b.data] = b;
-  return b.data;
-}
-
-void guarded_free(void* data) {
-  const auto found = blocks.find(data);
-  if (found == blocks.end()) return;
-  const Block& b = found->second;
-  const unsigned char* end = b.map + b.mapped - page();
-  for (const unsigned char* p = b.map; p < end; ++p) {
-    if ((p >= b.data && p < b.data + b.size) || *p == kSlack) continue;
-    damage = "an allocation of " + std::to_string(b.size) + " bytes was overrun at byte " +
-             std::to_string(p - b.data);
-    break;
-  }
-  munmap(b.map, b.mapped);
-  blocks.erase(found);
-}
-
-// What frees have found since the last call, "" for nothing.
-std::string take_damage() { return std::exchange(damage, ""); }
 
 }  // namespace simt

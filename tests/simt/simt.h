@@ -2,10 +2,10 @@
 // Runs CUDA kernels on the host, to test them where there is no GPU: every thread of a block is a fiber, blocks and
 // the threads between two barriers run in random order, and what would be undefined on a GPU is an error here:
 //   - barriers that some threads of a block do not reach, or reach at another line;
-//   - shuffles by lanes outside their mask, from lanes outside it, or that not all of the mask reach;
-//   - shared memory read before it is written, outside its bounds, or touched by two threads between two barriers, one
-//     of them writing;
-//   - global memory outside an allocation of guarded memory (see simt.cpp).
+//   - shuffles and votes by lanes outside their mask, from lanes outside it, or that not all of the mask reach;
+//   - shared memory read before it is written, or outside its bounds;
+//   - global memory outside an allocation, or at an address that is no multiple of what is moved (memory.cpp);
+//   - either touched by two threads with no barrier between, one of them writing.
 // The headers in include/ put this in the place of CUDA's.
 #pragma once
 #include <cstddef>
@@ -29,20 +29,33 @@ inline dim3 blockDim, gridDim;
 
 namespace simt {
 
-// Runs a kernel; false, with the reason in error(), if it did something undefined.
-bool launch(const char* kernel, dim3 grid, dim3 block, const std::function<void()>& thread);
+// The thread that runs.
+struct Position {
+  bool running = false;  // else what follows means nothing
+  uint32_t launch = 0, block = 0, thread = 0,
+           epoch = 0;  // epoch: barriers that the block has passed
+};
+inline Position position;
+
+// Runs a kernel; false, with the reason in error(), if it did something undefined. `launcher` is the whole name of the
+// function that launches, in which the kernel's types are.
+bool launch(const char* file, const char* launcher, dim3 grid, dim3 block,
+            const std::function<void()>& thread);
 const char* error();
 void set_seed(uint64_t seed);
 int64_t launches();  // so far
 
 // Below it, kernels divide by multiplication (csrc/cuda/plan.h); lowered, small tensors go the way of huge ones.
 inline int64_t narrow_limit = int64_t{1} << 31;
+// More blocks than this are an error of the launch; lowered, likewise.
+inline int64_t grid_limit = (int64_t{1} << 31) - 1;
 
 // Ends the launch with the kernel, block and thread in front of the reason. For the functions below.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 void barrier(int line);
 uint64_t shuffle(unsigned mask, uint64_t value, int source_lane, int line);
+unsigned ballot(unsigned mask, bool vote, int line);
 int lane();
 
 // What happened to one element of a shared array since the last barrier.
@@ -137,9 +150,18 @@ inline float __uint_as_float(unsigned bits) {
   simt::exchange(mask, value, simt::lane() + (delta) < 32 ? simt::lane() + (delta) : simt::lane(), \
                  __LINE__)
 
+#define __shfl_up_sync(mask, value, delta)                                                    \
+  simt::exchange(mask, value, simt::lane() < (delta) ? simt::lane() : simt::lane() - (delta), \
+                 __LINE__)
+#define __ballot_sync(mask, vote) simt::ballot(mask, (vote) != 0, __LINE__)
+#define __any_sync(mask, vote) (__ballot_sync(mask, vote) != 0)
+#define __all_sync(mask, vote) (__ballot_sync(mask, !(vote)) == 0)
+
 #define FASTNAS_NARROW_LIMIT simt::narrow_limit
+#define FASTNAS_GRID_LIMIT simt::grid_limit
 #define FASTNAS_LAUNCH(kernel, grid, block, stream, ...) \
-  ((void)(stream), simt::launch(__FILE__, grid, block, [&] { (kernel)(__VA_ARGS__); }))
+  ((void)(stream),                                       \
+   simt::launch(__FILE__, __PRETTY_FUNCTION__, grid, block, [&] { (kernel)(__VA_ARGS__); }))
 #define FASTNAS_SHARED(type, name, count)   \
   static const char name##_declaration = 0; \
   const simt::Shared<type> name(simt::region(&name##_declaration, count, sizeof(type)), #name)
