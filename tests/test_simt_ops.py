@@ -7,6 +7,7 @@ Each test file of an op runs once more in a process of its own whose ops are csr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from pathlib import Path
 import ops_cases as cases
 import pytest
 import torch
+from ops_calls import CALLS
 from simt import harness
 
+from fastnas import _extension
 from fastnas.ops import mixed_batch_norm, mixed_sum, partial_channel_mix
 
 pytestmark = [
@@ -59,6 +62,59 @@ def test_passes_the_tests_of_the_op(op, simt):
     assert " passed" in done.stdout
 
 
+@contextlib.contextmanager
+def cuda_kernels(simt):
+    names = [n for op in harness.OPS for n in (op, f"{op}_backward")]
+    with harness.kernels(simt, [n for n in names if hasattr(torch.ops.fastnas, n)]):
+        yield
+
+
+SHAPED = [name for name in CALLS if name != "sample_paths" and " of " not in name]
+
+
+def shapes(dtype):
+    """Planes of so many values, rows of so many channels: around a vector, around a block of them.
+
+    Beyond a block, rows are cut in chunks; of planes, a thread takes two vectors.
+    """
+    wide = 16 // dtype.itemsize
+    block = 256 * wide
+    near = {wide - 1, wide, wide + 1, block - 1, block + wide}
+    for values in sorted(near | {2 * block - wide, 2 * block, 2 * block + 1}):
+        yield "contiguous", (2, 2, 1, values)
+    for channels in sorted({wide - 1, wide + 1, block - wide, block, block + wide} - {1}):
+        yield "channels_last", (2, channels, 2, 1)
+
+
+@pytest.mark.parametrize("name", SHAPED)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+def test_shapes_around_vectors_and_blocks(name, dtype, simt, tolerances, monkeypatch):
+    """Against reference.py in float64."""
+    for layout, shape in shapes(dtype):
+        call = CALLS[name]("cpu", layout=layout, dtype=dtype, shape=shape)
+        before = simt.launches()
+        with cuda_kernels(simt):
+            seen = call.run(call.inputs)
+        assert simt.launches() > before
+        with monkeypatch.context() as patch:
+            patch.setattr(_extension, "_DEVICES", frozenset())  # the reference runs
+            expected = call.run(cases.in_double(call.inputs))
+        for k, (a, b) in enumerate(zip(seen, expected, strict=True)):
+            cases.assert_near(a, b, tolerances, f"{shape} result {k}")
+
+
+@pytest.mark.parametrize("op", ["mixed_batch_norm", "mixed_sum", "gate_gradient", "sample_paths"])
+def test_more_blocks_than_a_grid_takes_are_an_error(op, simt):
+    call = CALLS[op]("cpu")
+    call.run(call.inputs)
+    simt.set_grid_limit(0)
+    try:
+        with cuda_kernels(simt), pytest.raises(RuntimeError, match="CUDA error 9"):
+            call.run(call.inputs)
+    finally:
+        simt.set_grid_limit((1 << 31) - 1)
+
+
 @pytest.mark.parametrize("limit", [1, 100])
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_indices_beyond_the_narrow_ones(limit, layout, simt, tolerances):
@@ -82,8 +138,7 @@ def test_indices_beyond_the_narrow_ones(limit, layout, simt, tolerances):
 
     expected, launches = results()
     assert launches == 0
-    names = [n for op in harness.OPS for n in (op, f"{op}_backward")]
-    with harness.kernels(simt, [n for n in names if hasattr(torch.ops.fastnas, n)]):
+    with cuda_kernels(simt):
         ordinary, _ = results()
         simt.set_narrow_limit(limit)
         try:

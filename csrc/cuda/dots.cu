@@ -113,6 +113,7 @@ cudaError_t launch_dots(const Plan& plan, const Dots& args, cudaStream_t stream)
     const auto kernel =
         dots_kernel<typename decltype(type)::type, decltype(vector)::value, kColumns>;
     const int64_t blocks = plan.parts * (kColumns ? plan.chunks : plan.C);
+    if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
     const unsigned slices = static_cast<unsigned>(args.K > 0 ? ceil_div(args.K, kDotSlice) : 1);
     FASTNAS_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks), slices), plan.threads(), stream,
                    plan, args);

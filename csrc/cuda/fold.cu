@@ -39,8 +39,9 @@ template <typename A>
 cudaError_t repeat(const Plan& plan, const void* values, int64_t K, void* rows,
                    cudaStream_t stream) {
   const auto kernel = repeat_kernel<A>;
-  const int64_t total = plan.tables(K);
-  FASTNAS_LAUNCH(kernel, static_cast<unsigned>(ceil_div(total, kThreads)), kThreads, stream,
+  const int64_t total = plan.tables(K), blocks = ceil_div(total, kThreads);
+  if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
+  FASTNAS_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, stream,
                  static_cast<const A*>(values), plan.C, plan.period, total, static_cast<A*>(rows));
   return cudaGetLastError();
 }

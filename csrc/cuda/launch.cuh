@@ -9,6 +9,11 @@
 
 #include "plan.h"
 
+// Blocks a grid takes in x. A small value in a test build shows what happens beyond.
+#ifndef FASTNAS_GRID_LIMIT
+#define FASTNAS_GRID_LIMIT ((int64_t{1} << 31) - 1)
+#endif
+
 // A header that stands in for CUDA's (to run kernels on the host) brings its own of these two.
 #ifndef FASTNAS_LAUNCH
 #define FASTNAS_LAUNCH(kernel, grid, block, stream, ...) \
@@ -38,6 +43,10 @@ inline unsigned grid_for(int64_t tiles) {
   const int64_t most = int64_t{16} * (multiprocessors() > 0 ? multiprocessors() : 1);
   return static_cast<unsigned>(tiles < 1 ? 1 : tiles < most ? tiles : most);
 }
+
+// For kernels that have a block, or a thread, for each item: what a grid cannot hold is an error of the launch, where a
+// narrower number would lose blocks in silence.
+inline bool fits_grid(int64_t blocks) { return blocks <= FASTNAS_GRID_LIMIT; }
 
 template <typename T>
 struct Type {

@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 cudaError_t launch_normalise(const Plan& plan, const Norms& norms, const Normalise& args,
                              cudaStream_t stream) {
   if (plan.C == 0) return cudaSuccess;
+  if (!fits_grid(plan.C)) return cudaErrorInvalidConfiguration;
   const auto kernel =
       plan.dtype == Dtype::kDouble ? normalise_kernel<double> : normalise_kernel<float>;
   FASTNAS_LAUNCH(kernel, static_cast<unsigned>(plan.C), kThreads, stream, plan, norms, args);
@@ -147,6 +148,7 @@ cudaError_t launch_normalise(const Plan& plan, const Norms& norms, const Normali
 cudaError_t launch_norm_gradients(const Plan& plan, const Norms& norms, const NormGradients& args,
                                   cudaStream_t stream) {
   if (plan.C == 0) return cudaSuccess;
+  if (!fits_grid(plan.C)) return cudaErrorInvalidConfiguration;
   const auto kernel =
       plan.dtype == Dtype::kDouble ? norm_gradients_kernel<double> : norm_gradients_kernel<float>;
   FASTNAS_LAUNCH(kernel, static_cast<unsigned>(plan.C), kThreads, stream, plan, norms, args);

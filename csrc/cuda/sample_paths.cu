@@ -140,8 +140,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Kernel, typename Args>
 cudaError_t launch_edges(Kernel kernel, const Args& args, cudaStream_t stream) {
-  FASTNAS_LAUNCH(kernel, static_cast<unsigned>(ceil_div(args.edges.E * 32, kThreads)), kThreads,
-                 stream, args);
+  const int64_t blocks = ceil_div(args.edges.E * 32, kThreads);
+  if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
+  FASTNAS_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, stream, args);
   return cudaGetLastError();
 }
 

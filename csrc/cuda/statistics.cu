@@ -103,6 +103,7 @@ cudaError_t launch_statistics(const Plan& plan, const Statistics& args, cudaStre
     const auto kernel =
         statistics_kernel<typename decltype(type)::type, decltype(vector)::value, kColumns>;
     const int64_t blocks = plan.parts * (kColumns ? plan.chunks : plan.C);
+    if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
     FASTNAS_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks), args.K), plan.threads(), stream,
                    plan, args);
     return cudaGetLastError();
