@@ -196,9 +196,24 @@ def test_a_candidate_is_cut_only_if_it_is_nothing_more(cls, fused, zero):
     ],
 )
 def test_the_callers_modes_do_not_matter(mode):
-    model = Edges(mixed_op(weighted_sum))
+    class InSingle(nn.Module):
+        """Does not know double precision, so that the proof has to do without it."""
+
+        def forward(self, x):
+            if x.dtype == torch.float64:
+                raise TypeError("float64")
+            return x
+
+    def detaching(self, x, weights):
+        return weighted_sum(self, x, weights.detach())
+
+    mixed = mixed_op(weighted_sum)
+    mixed._ops.append(InSingle())
+    model = Edges(mixed, mixed_op(detaching))
     with mode():
-        assert len(fastnas.accelerate(model).swapped) == 1
+        report = fastnas.accelerate(model)
+    assert [s.name for s in report.swapped] == ["ops.0"], str(report)
+    assert "the gradient of the weights" in report.left[0].reason
 
 
 def test_a_debugger_gets_its_trace_function_back():

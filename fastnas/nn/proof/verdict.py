@@ -122,8 +122,7 @@ def _plain_mode(device: torch.device) -> Iterator[None]:
     """The modes that a proof runs in, whatever the caller's are; random generators are put back."""
     with ExitStack() as modes:
         modes.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        modes.enter_context(torch.inference_mode(False))
-        modes.enter_context(torch.enable_grad())
+        modes.enter_context(torch.inference_mode(False))  # which turns gradients on as well
         if torch.amp.is_autocast_available(device.type):
             modes.enter_context(torch.autocast(device.type, enabled=False))
         yield
