@@ -83,6 +83,29 @@ def test_k_may_be_a_number_in_the_forward(stride):
     assert len(fastnas.accelerate(model).swapped) == 1
 
 
+def test_partial_channels_without_a_pool():
+    class NoPool(stock.PartialMixedOp):
+        """Never reduces; the shuffle is an index."""
+
+        def __init__(self):
+            super().__init__(8, 1, k=2)
+            del self.mp
+
+        def forward(self, x, weights):
+            c = x.size(1) // self.k
+            y = torch.cat([weighted_sum(self, x[:, :c], weights), x[:, c:]], 1)
+            return y[:, torch.arange(2 * c).view(self.k, c).t().reshape(-1)]
+
+    model = Edges(NoPool())
+    original = copy.deepcopy(model)
+    report = fastnas.accelerate(model)
+    assert [s.kind for s in report.swapped] == ["PartialMixedOp"], str(report)
+    x, weights = torch.randn(2, 8, 6, 6), torch.randn(8)
+    assert_same(observe(model, x, weights), observe(original, x, weights), 1e-4)
+    assert fastnas.restore(model) == 1
+    assert "mp" not in model.ops[0]._modules
+
+
 def test_what_a_candidate_hides_on_the_data_of_the_proof():
     class Rare(nn.Module):
         def forward(self, x):
@@ -196,9 +219,24 @@ def test_a_candidate_is_cut_only_if_it_is_nothing_more(cls, fused, zero):
     ],
 )
 def test_the_callers_modes_do_not_matter(mode):
-    model = Edges(mixed_op(weighted_sum))
+    class InSingle(nn.Module):
+        """Does not know double precision, so that the proof has to do without it."""
+
+        def forward(self, x):
+            if x.dtype == torch.float64:
+                raise TypeError("float64")
+            return x
+
+    def detaching(self, x, weights):
+        return weighted_sum(self, x, weights.detach())
+
+    mixed = mixed_op(weighted_sum)
+    mixed._ops.append(InSingle())
+    model = Edges(mixed, mixed_op(detaching))
     with mode():
-        assert len(fastnas.accelerate(model).swapped) == 1
+        report = fastnas.accelerate(model)
+    assert [s.name for s in report.swapped] == ["ops.0"], str(report)
+    assert "the gradient of the weights" in report.left[0].reason
 
 
 def test_a_debugger_gets_its_trace_function_back():

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
 
 import torch
 from torch import nn
@@ -83,8 +82,8 @@ class Report:
     def __str__(self) -> str:
         if not self.swapped and not self.left:
             return (
-                "accelerate: found no mixed op, that is, no module with a ModuleList `_ops` and a "
-                "forward(x, weights)"
+                "accelerate: found no mixed op but ours, that is, no other module with a "
+                "ModuleList `_ops` and a forward(x, weights)"
             )
         lines = [f"accelerate: {len(self.swapped)} mixed ops swapped, {len(self.left)} left"]
         kinds = Counter((s.kind, s.fused, s.candidates) for s in self.swapped)
@@ -128,6 +127,7 @@ def accelerate(model: nn.Module) -> Report:
     * the dtype of the sum under ``autocast``, or with weights of a wider dtype: it is that of
       ``sum(w * op(x))`` however the original adds, and the memory format is that of the candidates,
     * NaN and infinity in ``x``: they do not come out of ``none`` (see ``MixedOp``),
+    * calls from outside the model's classes by other keywords than ``x`` and ``weights``,
     * ``isinstance`` with the class of the original, and Python references to it other than its
       place in the tree: these keep the original, which works on the same parameters.
 
@@ -196,8 +196,7 @@ def restore(model: nn.Module) -> int:
             parent._modules[name] = original
             restored[id(child)] = child
     for child in restored.values():
-        original = vars(child)[_ORIGINAL]
-        vars(original).update(_what_goes_along(child, original))
+        _hand_over(child, vars(child)[_ORIGINAL])
     return len(restored)
 
 
@@ -310,7 +309,9 @@ def _build(module: nn.Module, verdict: Verdict) -> MixedOp:
     return ours
 
 
-def _what_goes_along(ours: nn.Module, original: nn.Module) -> dict[str, Any]:
-    """The attributes that the original takes over when it comes back."""
+def _hand_over(ours: nn.Module, original: nn.Module) -> None:
+    """Give ``original`` what ``ours`` was given in its place."""
     own = _OURS if "k" in vars(original) else _OURS | {"k"}
-    return {name: value for name, value in vars(ours).items() if name not in own}
+    kept = {name: value for name, value in vars(ours).items() if name not in own}
+    kept["_modules"] = {name: ours._modules[name] for name in original._modules}
+    vars(original).update(kept)

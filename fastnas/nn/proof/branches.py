@@ -77,9 +77,7 @@ class Branches:
                     continue
                 taken = ways[key, jump.offset]
                 open_ways = {instructions[i + 1].offset, jump.argval} - taken
-                if len(taken) < 2 and not (
-                    taken and all(_only_raises(instructions, way) for way in open_ways)
-                ):
+                if len(taken) < 2 and not all(_only_raises(instructions, w) for w in open_ways):
                     return _place(code, jump.offset)
         return None
 

@@ -27,12 +27,12 @@ EVERY_MODULE_HAS = frozenset(vars(nn.Module()))
 
 _ARITHMETIC = (
     "add add_ sub sub_ mul mul_ neg sum matmul mm bmm mv dot einsum tensordot zeros zeros_like "
-    "new_zeros"
+    "new_zeros arange"
 )
 _STRUCTURE = (
     "cat concat concatenate stack split chunk narrow select unbind view view_as reshape flatten "
     "unflatten permute transpose swapaxes movedim contiguous clone expand expand_as unsqueeze "
-    "squeeze index_select channel_shuffle detach data to type_as"
+    "squeeze t index_select channel_shuffle detach data to type_as"
 )
 _FACTS = "shape size dim ndim device dtype"
 
@@ -57,6 +57,7 @@ _STATEMENTS = {
     "SETUP_WITH": "has a try or with statement",
     "PUSH_EXC_INFO": "has a try or with statement",
 }
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _COMPARISONS = ("COMPARE_OP", "CONTAINS_OP", "IS_OP")
 _BEFORE_A_JUMP = ("TO_BOOL", "UNARY_NOT", "COPY", "DUP_TOP", "EXTENDED_ARG", "NOP")
 
@@ -169,7 +170,7 @@ class _Reader:
             if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
                 value = variables.get(name, getattr(builtins, name, None))
                 module = self._judge(name, value)
-            elif "ATTR" in operation or "METHOD" in operation:
+            elif operation in _ATTRIBUTES:
                 if module is not None:
                     module = self._judge(name, getattr(module, name, None))
                 else:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ __all__ = ["Verdict", "form_of", "judge"]
 _FIXED = frozenset({"_ops", "mp", "k", "training", "stride", "C"})
 # Not square: an op that confuses height with width shows itself.
 _BATCH, _HEIGHT, _WIDTH = 3, 8, 6
+_LARGEST_K = 64
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Verdict:
             ours = PartialMixedOp.from_candidates(
                 candidates, k=self.k, skip_zero=self.skip_zero, forms=self.forms
             )
-            ours._modules["mp"] = module._modules["mp"]
+            if (pool := module._modules.get("mp")) is not None:
+                ours._modules["mp"] = pool
         else:
             ours = MixedOp.from_candidates(candidates, skip_zero=self.skip_zero, forms=self.forms)
         return ours
@@ -95,47 +98,17 @@ def judge(module: nn.Module) -> Verdict:
     channels = _channels(_candidates(module))
     if channels is None:
         return Verdict("no Conv2d or BatchNorm2d among its candidates says what x is")
-    device = _tensors(module)[0].device
+    device = next((t.device for t in _tensors(module)), torch.device("cpu"))
     if device.type == "meta":
         return Verdict("its parameters hold no numbers yet")
-    verdict = Verdict("it has a pool `mp`, but no `k` that says what part is mixed")
     with _plain_mode(device):
-        for k in _parts(module, reading):
-            verdict = _judge(module, reading, k, channels, device)
-            if verdict.reason is None:
-                break
-    return verdict
+        return _judge(module, reading, channels, device)
 
 
-def _parts(module: nn.Module, reading: Reading) -> Sequence[int | None]:
-    """The values of ``k`` that come into question."""
-    if "mp" not in module._modules:
-        return [None]
-    if "k" not in vars(module):  # published code has it as a number in the forward, too
-        return sorted(number for number in reading.numbers if number > 1)
-    k = vars(module)["k"]
-    return [k] if isinstance(k, int) and not isinstance(k, bool) and k > 0 else []
-
-
-@contextmanager
-def _plain_mode(device: torch.device) -> Iterator[None]:
-    """The modes that a proof runs in, whatever the caller's are; random generators are put back."""
-    with ExitStack() as modes:
-        modes.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        modes.enter_context(torch.inference_mode(False))
-        modes.enter_context(torch.enable_grad())
-        if torch.amp.is_autocast_available(device.type):
-            modes.enter_context(torch.autocast(device.type, enabled=False))
-        yield
-
-
-def _judge(
-    module: nn.Module, reading: Reading, k: int | None, channels: int, device: torch.device
-) -> Verdict:
-    """Judge in double precision, or in the module's own where its candidates know no other."""
-    dtypes = {t.dtype for t in _tensors(module) if t.is_floating_point()}
-    reason = ""
-    for dtype in dict.fromkeys([torch.float64, *dtypes] if len(dtypes) < 2 else [torch.float64]):
+def _judge(module: nn.Module, reading: Reading, channels: int, device: torch.device) -> Verdict:
+    """Judge by the first kind of random data that ``module`` runs on."""
+    verdict = Verdict("it has a pool `mp`, but no `k` that says what part is mixed")
+    for k, dtype in product(_parts(module, reading), _dtypes(module)):
         try:
             theirs = clean_copy(module, dtype)
         except Exception as error:  # somebody else's code may raise anything
@@ -143,11 +116,40 @@ def _judge(
         try:
             proof = _Proof(module, theirs, k, channels, Random(device, dtype))
         except Exception as error:
-            reason = f"it does not run on random data: {one_line(error)}"
+            verdict = Verdict(f"it does not run on random data: {one_line(error)}")
             continue
         verdict = proof.with_candidates()
         return verdict if verdict.reason else proof.around_candidates(verdict, reading)
-    return Verdict(reason)
+    return verdict
+
+
+def _parts(module: nn.Module, reading: Reading) -> Sequence[int | None]:
+    """The values of ``k`` that come into question; None stands for the whole."""
+    k = vars(module).get("k")
+    usable = isinstance(k, int) and not isinstance(k, bool) and k > 0
+    if "mp" not in module._modules:  # only a reduction needs it
+        return [None, k] if usable else [None]
+    if "k" in vars(module):
+        return [k] if usable else []
+    # Published code has it as a number in the forward, too.
+    return sorted(number for number in reading.numbers if 1 < number <= _LARGEST_K)
+
+
+def _dtypes(module: nn.Module) -> Sequence[torch.dtype]:
+    """Double precision, then the module's own in case its candidates know no other."""
+    dtypes = {t.dtype for t in _tensors(module) if t.is_floating_point()}
+    return [torch.float64] if len(dtypes) != 1 else list(dict.fromkeys([torch.float64, *dtypes]))
+
+
+@contextmanager
+def _plain_mode(device: torch.device) -> Iterator[None]:
+    """The modes that a proof runs in, whatever the caller's are; random generators are put back."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        modes.enter_context(torch.inference_mode(False))  # which turns gradients on as well
+        if torch.amp.is_autocast_available(device.type):
+            modes.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
