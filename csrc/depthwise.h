@@ -30,6 +30,9 @@ inline DepthwiseGroup check_depthwise(const char* op, at::IntArrayRef shape,
                                       const c10::Device& device, at::TensorList weights,
                                       at::IntArrayRef dilations, int64_t stride) {
   TORCH_CHECK_VALUE(shape.size() == 4, op, ": expected x of shape (N, C, H, W), but got ", shape);
+  // With the bound on dilations below, positions that a tap reaches fit 32 bits.
+  TORCH_CHECK_VALUE(shape[2] <= (int64_t{1} << 30) && shape[3] <= (int64_t{1} << 30), op,
+                    ": expected x of at most 2^30 rows and columns, but got ", shape);
   TORCH_CHECK_VALUE(stride == 1 || stride == 2, op, ": expected stride 1 or 2, but got ", stride);
   TORCH_CHECK_VALUE(!weights.empty() && static_cast<int64_t>(weights.size()) <= kMaxCandidates, op,
                     ": expected 1 to ", kMaxCandidates, " tensors in weights, but got ",
@@ -54,7 +57,6 @@ inline DepthwiseGroup check_depthwise(const char* op, at::IntArrayRef shape,
                       ", 1, k, k) with k of 1, 3, 5 or 7, but got ", w.sizes());
     TORCH_CHECK_VALUE(w.device() == device, op, ": expected weights[", i, "] on ", device,
                       " like x, but got ", w.device());
-    // The bound keeps distances in a buffer within 64 bits.
     TORCH_CHECK_VALUE(dilations[i] >= 1 && dilations[i] <= (int64_t{1} << 20), op,
                       ": expected dilations of 1 to 2^20, but dilations[", i, "] is ",
                       dilations[i]);

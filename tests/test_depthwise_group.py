@@ -364,6 +364,8 @@ def ones(*shape):
     ("x", "weights", "dilations", "stride", "parts"),
     [
         (ones(3, 4, 4), [ones(3, 1, 3, 3)], [1], 1, ("x of shape (N, C, H, W)", "[3, 4, 4]")),
+        (ones(1, 1, 1, 1).expand(1, 1, 1, 2**30 + 1), [ones(1, 1, 3, 3)], [1], 1,
+         ("at most 2^30 rows and columns", "1073741825")),
         (ones(2, 3, 4, 4), [ones(3, 1, 3, 3)], [1], 3, ("stride 1 or 2", "got 3")),
         (ones(2, 3, 4, 4), [], [], 1, ("1 to 64 tensors in weights", "got 0")),
         (ones(2, 3, 4, 4), [ones(3, 1, 1, 1)] * 65, [1] * 65, 1, ("1 to 64", "got 65")),

@@ -20,7 +20,7 @@ from ops_calls import CALLS
 from simt import harness
 
 from fastnas import _extension
-from fastnas.ops import mixed_batch_norm, mixed_sum, partial_channel_mix
+from fastnas.ops import depthwise_group, mixed_batch_norm, mixed_sum, partial_channel_mix
 
 pytestmark = [
     pytest.mark.skipif(harness.compiler() is None, reason="no g++"),
@@ -48,6 +48,7 @@ def simt():
         "partial_channel_mix",
         "gate_gradient",
         "sample_paths",
+        "depthwise_group",
     ],
 )
 def test_passes_the_tests_of_the_op(op, simt):
@@ -123,6 +124,7 @@ def test_indices_beyond_the_narrow_ones(limit, layout, simt, tolerances):
     rest = cases.make((3, 12, 17, 13), torch.float32, layout, seed=9).requires_grad_()
     norms = cases.make_norms(3, 4)
     leaves = [weights, *xs]
+    kernels = [cases.make((4, 1, k, k), torch.float32, seed=k).requires_grad_() for k in (3, 5)]
 
     def results():
         before = simt.launches()
@@ -134,6 +136,9 @@ def test_indices_beyond_the_narrow_ones(limit, layout, simt, tolerances):
         ):
             inputs = leaves if y.shape[1] == 4 else [*leaves, rest]
             out += [y, *torch.autograd.grad(y, inputs, cases.like_output(y))]
+        for stride in (1, 2):
+            y = torch.stack(depthwise_group(rest[:, :4], kernels, [1, 2], stride))
+            out += [y, *torch.autograd.grad(y, [rest, *kernels], cases.like_output(y))]
         return out, simt.launches() - before
 
     expected, launches = results()

@@ -19,8 +19,8 @@ from fastnas.ops._common import (
     memory_format,
 )
 
-#: Largest kernel and dilation that the kernels serve.
-MAX_KERNEL, MAX_DILATION = 7, 1 << 20
+#: What the kernels serve: the side of a convolution, its dilation, and rows and columns of x.
+MAX_KERNEL, MAX_DILATION, MAX_SIZE = 7, 1 << 20, 1 << 30
 
 
 def depthwise_group(
@@ -77,6 +77,10 @@ def _check(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], strid
         raise TypeError(f"{op}: expected x to be floating-point, but got {x.dtype}")
     if x.dim() != 4:
         raise ValueError(f"{op}: expected x of shape (N, C, H, W), but got {list(x.shape)}")
+    if max(x.shape[2:]) > MAX_SIZE:
+        raise ValueError(
+            f"{op}: expected x of at most 2^30 rows and columns, but got {list(x.shape)}"
+        )
     if stride not in (1, 2):
         raise ValueError(f"{op}: expected stride 1 or 2, but got {stride}")
     if not 1 <= len(weights) <= MAX_CANDIDATES:

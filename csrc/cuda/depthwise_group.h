@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Depthwise convolutions of one source. A tap is a load that neighbouring threads make of neighbouring elements and
+// that its second and later uses find in the first-level cache; weights come from one table for all convolutions.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "plan.h"
+
+namespace fastnas::cuda {
+
+constexpr int kMaxSide = 7;  // of a kernel
+
+// x is (N, C, H, W) and its outputs (N, C, oh, ow), all dense and in one format. Pixels are `step` elements apart.
+struct Convolutions {
+  Dtype dtype;
+  bool columns;
+  int count, stride;
+  int64_t N, C, H, W, oh, ow, step;
+  int side[kMaxOperands];  // k
+  int dilation[kMaxOperands];
+  int first[kMaxOperands + 1];        // row of the first tap in a table of all taps
+  const void* weights[kMaxOperands];  // (C, k, k), in the accumulator type
+  const void* table;                  // of weights: [taps][C]
+  bool relu;
+
+  FASTNAS_HOST_DEVICE int64_t taps() const { return first[count]; }
+  int64_t sources() const { return N * C * H * W; }
+  int64_t outputs() const { return N * C * oh * ow; }
+};
+
+// table from weights.
+cudaError_t launch_weight_table(const Convolutions& c, void* table, cudaStream_t stream);
+
+// ys[i] from x. Reads x and writes every output once.
+struct Outputs {
+  void* ys[kMaxOperands];
+};
+cudaError_t launch_convolutions(const Convolutions& c, const void* x, const Outputs& to,
+                                cudaStream_t stream);
+
+// dx, summed over all gradients that are not null; masked by x where there is a ReLU. Reads them and writes dx once.
+struct OutputGradients {
+  const void* gs[kMaxOperands];
+};
+cudaError_t launch_input_gradient(const Convolutions& c, const OutputGradients& from, const void* x,
+                                  void* dx, cudaStream_t stream);
+
+// How the sums over pixels that make up the gradients of the weights are split: follows from sizes alone.
+struct WeightPlan {
+  int lanes, rows,
+      chunks;  // columns: a block is rows x lanes threads, and chunks of lanes are all channels
+  int64_t parts, share;  // parts of `share` pixels
+};
+WeightPlan plan_weights(const Convolutions& c);
+
+// Parts of the gradients of weights[i] wherever need[i] and gs[i] are given: partial[first[i] C + c k k + tap][parts].
+// Reads x and a gradient once for each row of taps.
+struct WeightGradients {
+  bool need[kMaxOperands];
+  void* partial;
+};
+cudaError_t launch_weight_gradients(const Convolutions& c, const WeightPlan& plan,
+                                    const OutputGradients& from, const void* x,
+                                    const WeightGradients& to, cudaStream_t stream);
+
+}  // namespace fastnas::cuda
