@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from fastnas.nn.candidates import DilConv, FactorizedReduce, ReLUConvBN, SepConv, Zero
+from fastnas.nn.source import Layer, Recipe, make_recipe
 
 __all__ = [
     "FORMS",
@@ -50,8 +51,6 @@ FORMS: Mapping[type[nn.Module], Form] = {
     FactorizedReduce: "factorized_reduce",
 }
 
-Layer = Callable[[Tensor], Tensor]
-
 
 class Tail(NamedTuple):
     """A candidate cut in two: ``norm(layers[-1](... layers[0](x)))`` is what it returns."""
@@ -66,11 +65,17 @@ class Route(NamedTuple):
     """How a mixed op evaluates one candidate."""
 
     candidate: nn.Module
-    layers: tuple[Layer, ...]
+    recipe: Recipe
     norm: nn.BatchNorm2d | None
+    #: Modules that are not called, so that their hooks would not fire.
     bypassed: tuple[nn.Module, ...]
     #: The candidate is ``none``: it is not evaluated at all.
     zero: bool
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Called one after the other, they give what enters the norm, or the candidate's output."""
+        return self.recipe.layers
 
     def plain(self) -> Route:
         """The route that calls the candidate as it is."""
@@ -79,7 +84,7 @@ class Route(NamedTuple):
 
 def plain_route(candidate: nn.Module) -> Route:
     """Call ``candidate``, add what it returns."""
-    return Route(candidate, (candidate,), None, (), False)
+    return Route(candidate, Recipe((candidate,)), None, (), False)
 
 
 def make_route(candidate: nn.Module, forms: Mapping[type[nn.Module], Form] = FORMS) -> Route:
@@ -90,11 +95,12 @@ def make_route(candidate: nn.Module, forms: Mapping[type[nn.Module], Form] = FOR
         forms: what is known of classes, by exact class: a subclass may compute something else.
     """
     if forms.get(type(candidate)) == "zero" and not _is_patched(candidate):
-        return Route(candidate, (candidate,), None, (candidate,), True)
+        return Route(candidate, Recipe((candidate,)), None, (candidate,), True)
     tail = find_tail(candidate, forms)
     if tail is None:
         return plain_route(candidate)
-    return Route(candidate, tail.layers, tail.norm, tail.bypassed, False)
+    recipe = make_recipe(tail.layers)
+    return Route(candidate, recipe, tail.norm, (*tail.bypassed, *recipe.bypassed), False)
 
 
 def find_tail(module: nn.Module, forms: Mapping[type[nn.Module], Form] = FORMS) -> Tail | None:

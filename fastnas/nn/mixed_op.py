@@ -20,6 +20,7 @@ from fastnas.nn.batch_norm import (
     make_route,
 )
 from fastnas.nn.candidates import DARTS_PRIMITIVES, build_candidate
+from fastnas.nn.source import evaluate_source
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -229,14 +230,9 @@ class MixedOp(nn.Module):
                 return [_zeros_like_output(routes, x)], [0.0], [None]
         if not used:  # nothing but `none`: one of them has to say the shape
             used = [0]
-        xs = []
-        for k in used:
-            h = x
-            for layer in routes[k].layers:
-                h = layer(h)
-            xs.append(h)
+        (xs,) = evaluate_source(x, [[routes[k].recipe for k in used]])
         if len(used) < len(routes):
-            weights = _select(weights, used)
+            weights = select_weights(weights, used)
         return xs, weights, [routes[k].norm for k in used]
 
     def _routes(self) -> tuple[Route, ...]:
@@ -265,7 +261,7 @@ class MixedOp(nn.Module):
         return "skip_zero=True" if self.skip_zero else ""
 
 
-def _select(weights: Weights, used: Sequence[int]) -> Weights:
+def select_weights(weights: Weights, used: Sequence[int]) -> Weights:
     """The weights at ``used`` (ascending); views where that is possible, and no index tensor."""
     if not isinstance(weights, Tensor):
         left_out = [w for k, w in enumerate(weights) if k not in used]

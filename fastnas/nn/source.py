@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All candidates that read one state, run together: what they share is computed once.
+
+A state of a cell is read by every edge that leaves it, and by every candidate of each. The
+depthwise convolutions among them, with the ReLU in front, are one fused call, and pools that are
+set alike are one tensor. Everything else is called as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fastnas import ops
+from fastnas.ops._common import MAX_CANDIDATES
+
+__all__ = ["Recipe", "evaluate_source", "make_recipe"]
+
+Layer = Callable[[Tensor], Tensor]
+
+
+class Recipe(NamedTuple):
+    """How a candidate gets from a state to what enters its last BatchNorm."""
+
+    #: Called one after the other, they do it; ``layers[skipped:]`` follow what is shared.
+    layers: tuple[Layer, ...]
+    #: The convolution of a leading ReLU and depthwise convolution.
+    depthwise: nn.Conv2d | None = None
+    #: Candidates with equal keys return the same tensor.
+    key: Hashable = None
+    skipped: int = 0
+
+    @property
+    def bypassed(self) -> tuple[nn.Module, ...]:
+        """Modules that are not called, so that their hooks would not fire."""
+        return tuple(m for m in self.layers[: self.skipped] if isinstance(m, nn.Module))
+
+
+def make_recipe(layers: Sequence[Layer]) -> Recipe:
+    """Look for what a candidate shares with others that read the same state."""
+    layers = tuple(layers)
+    if len(layers) >= 2 and _is_relu(layers[0]) and _is_depthwise(layers[1]):
+        return Recipe(layers, layers[1], None, 2)
+    key = _pool_key(layers[0]) if len(layers) == 1 else None
+    return Recipe(layers, None, key, 0 if key is None else 1)
+
+
+def evaluate_source(x: Tensor, edges: Sequence[Sequence[Recipe]]) -> list[list[Tensor]]:
+    """Run the candidates of all edges that leave one state.
+
+    Args:
+        x: the state, ``(N, C, H, W)``.
+        edges: for each edge the recipes of its candidates.
+
+    Returns:
+        For each edge what its candidates return, in their order; some may be the same tensor.
+    """
+    convolved = _convolve(x, edges) if _fuses_depthwise(x) else {}
+    shared: dict[Hashable, Tensor] = {}
+    results = []
+    for recipes in edges:
+        outputs = []
+        for recipe in recipes:
+            h, layers = x, recipe.layers
+            if id(recipe) in convolved:
+                h, layers = convolved[id(recipe)], layers[recipe.skipped :]
+            elif recipe.key is not None:
+                if recipe.key not in shared:
+                    shared[recipe.key] = layers[0](x)
+                h, layers = shared[recipe.key], ()
+            for layer in layers:
+                h = layer(h)
+            outputs.append(h)
+        results.append(outputs)
+    return results
+
+
+def _fuses_depthwise(x: Tensor) -> bool:
+    """Where the fused convolutions were measured to be the faster ones."""
+    return x.device.type == "cpu"
+
+
+def _convolve(x: Tensor, edges: Sequence[Sequence[Recipe]]) -> dict[int, Tensor]:
+    """The leading depthwise convolutions of the recipes, by identity of the recipe."""
+    strides: dict[int, list[tuple[int, nn.Conv2d]]] = {}
+    for recipes in edges:
+        for recipe in recipes:
+            if (conv := recipe.depthwise) is not None:
+                strides.setdefault(conv.stride[0], []).append((id(recipe), conv))
+    outputs: dict[int, Tensor] = {}
+    for stride, group in strides.items():
+        for start in range(0, len(group), MAX_CANDIDATES):
+            part = group[start : start + MAX_CANDIDATES]
+            weights = [conv.weight for _, conv in part]
+            dilations = [conv.dilation[0] for _, conv in part]
+            ys = ops.depthwise_group(x, weights, dilations, stride)
+            outputs.update((key, y) for (key, _), y in zip(part, ys, strict=True))
+    return outputs
+
+
+def _is_relu(layer: Layer) -> bool:
+    """A ReLU that leaves its input alone."""
+    return type(layer) is nn.ReLU and not layer.inplace and "forward" not in vars(layer)
+
+
+def _is_depthwise(layer: Layer) -> bool:
+    """A depthwise convolution as DARTS' candidates have them: square, same size, no bias."""
+    if type(layer) is not nn.Conv2d or "forward" in vars(layer):
+        return False
+    (k, kw), (s, sw), (d, dw) = layer.kernel_size, layer.stride, layer.dilation
+    channels = {layer.in_channels, layer.out_channels, layer.groups}
+    return (
+        (k, s, d) == (kw, sw, dw)
+        and k in (1, 3, 5, 7)
+        and s in (1, 2)
+        and layer.padding == (d * (k // 2),) * 2
+        and layer.padding_mode == "zeros"
+        and layer.bias is None
+        and len(channels) == 1
+    )
+
+
+def _pool_key(layer: Layer) -> Hashable:
+    """What two pools have in common exactly if they compute the same; None for other layers."""
+    if "forward" in getattr(layer, "__dict__", {}):
+        return None
+    if type(layer) is nn.MaxPool2d and not layer.return_indices:
+        sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        return ("max", *sizes, layer.ceil_mode)
+    if type(layer) is nn.AvgPool2d:
+        sizes = (layer.kernel_size, layer.stride, layer.padding)
+        return ("avg", *sizes, layer.ceil_mode, layer.count_include_pad, layer.divisor_override)
+    return None
