@@ -44,4 +44,14 @@ TORCH_LIBRARY(fastnas, m) {
       "inactive) -> Tensor");
   m.def(
       "gate_gradient(Tensor grad_output, Tensor[] outputs, Tensor probs, int[] present) -> Tensor");
+
+  // grads: of the outputs i with present[i]; size: H and W of x, which is empty where nothing reads it.
+  m.def(
+      "depthwise_group(Tensor x, Tensor[] weights, int[] dilations, int stride, bool relu) -> "
+      "Tensor[]");
+  m.def(
+      "depthwise_group_backward(Tensor[] grads, int[] present, Tensor x, int[] size, Tensor[] "
+      "weights, "
+      "int[] dilations, int stride, bool relu, bool need_x, int[] need_weights) -> (Tensor, "
+      "Tensor[])");
 }

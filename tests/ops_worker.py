@@ -34,6 +34,10 @@ def mixing_calls(count, shape, dtype, layout):
         yield f"partial_channel_mix/{scale}", y, [x, weights, *xs, *affine]
     with torch.no_grad():
         yield "gate_gradient", ops.gate_gradient(xs[0], xs, weights), []
+    kernels = [cases.make((c, 1, k, k), dtype, seed=60 + k).requires_grad_() for k in (3, 5, 5)]
+    for stride in (1, 2):
+        ys = ops.depthwise_group(xs[0], kernels, [1, 1, 2], stride)
+        yield f"depthwise_group/{stride}", torch.stack(ys), [xs[0], *kernels]
 
 
 def results():
@@ -85,6 +89,7 @@ def large_calls(layout):
     norm = (table, table, [1, 1], [1e-5, 1e-5], [0, 0], [], [])
     raw, need = torch.ops.fastnas, ([1, 1], True)
     backward = raw.partial_channel_mix_backward
+    kernels = [torch.ones(16, 1, k, k) for k in (3, 5)]
     return {
         "mixed_sum": lambda: ops.mixed_sum(xs, weights),
         "mixed_sum_backward": lambda: raw.mixed_sum_backward(grad, xs, weights, *need),
@@ -97,6 +102,10 @@ def large_calls(layout):
             wide, rest, [32, 32], xs, weights, 4, *norm, True, *need
         ),
         "gate_gradient": lambda: ops.gate_gradient(grad, xs, weights),
+        "depthwise_group": lambda: ops.depthwise_group(xs[0], kernels, [1, 2]),
+        "depthwise_group_backward": lambda: raw.depthwise_group_backward(
+            [grad, grad], [1, 1], xs[0], [32, 32], kernels, [1, 2], 1, True, True, [1, 1]
+        ),
     }
 
 

@@ -108,12 +108,32 @@ def test_gate_gradient(device):
     check_compiled(function, make, device)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_group(stride, autocast, device):
+    def make(size, device):
+        x, *weights = (
+            cases.make(shape, device=device, seed=k).requires_grad_()
+            for k, shape in enumerate([(2, 3, size, 5), (3, 1, 3, 3), (3, 1, 5, 5)])
+        )
+        x = cases.laid_out(x.detach(), "channels_last").requires_grad_()
+        return (x, weights), [x, *weights], []
+
+    def function(x, weights):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            a, b = ops.depthwise_group(x * 2, weights, [2, 1], stride)
+            return a + 2 * b
+
+    check_compiled(function, make, device)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_without_gradients_any_number_of_candidates(count, device):
     """Where nothing asks for a gradient, the compiler inlines the Functions' forward."""
     xs = [cases.make((2, 3, 4, 5), device=device, seed=k) for k in range(count)]
     x, w = cases.make((2, 12, 4, 5), device=device), torch.rand(count, device=device)
     norms = [nn.BatchNorm2d(3, affine=False).to(device) for _ in xs]
+    kernel = cases.make((12, 1, 3, 3), device=device)
 
     def function(x, xs, w):
         y = ops.mixed_batch_norm(xs, w, norms)
@@ -123,6 +143,7 @@ def test_without_gradients_any_number_of_candidates(count, device):
             ops.partial_channel_mix(x, xs, w, 4),
             ops.gate_gradient(y, xs, w),
             *ops.sample_paths(w.view(1, -1), 1, 2),
+            *ops.depthwise_group(x, [kernel] * count, [1] * count),
         )
 
     for a, b in zip(compiled(function)(x, xs, w), function(x, xs, w), strict=True):
@@ -206,6 +227,30 @@ def samples(device):
     xs = tensors(3, size, device, (F32, BF16), both)
     yield "gates", "gate_gradient", (xs[0], xs[1:], w4, [1, 0, 0, 1])
     yield "nothing", "gate_gradient", (xs[0], [], w4.double(), [0] * 4)
+    yield from depthwise_samples(device)
+
+
+def depthwise_samples(device):
+    """Arguments of the two ops of depthwise_group."""
+    kernels = [cases.make((3, 1, k, k), F32, device=device, seed=k) for k in (3, 5, 1)]
+    for layout in ("contiguous", "channels_last", "sliced_last", "expanded"):
+        for dtype in (F32, BF16):
+            for stride, (h, w) in ((1, (4, 5)), (2, (7, 10))):
+                x = tensors(1, (2, 3, h, w), device, (dtype,), (layout,))[0]
+                grads = tensors(2, (2, 3, 4, 5), device, (dtype,), (layout,))
+                name = f"{layout}-{cases.ids(dtype)}-{stride}"
+                yield name, "depthwise_group", (x, kernels, [1, 2, 3], stride, stride == 1)
+                tail = ([h, w], kernels, [1, 2, 3], stride)
+                arguments = (grads, [1, 0, 1], x, *tail, True, True, [1, 1, 0])
+                yield name, "depthwise_group_backward", arguments
+                arguments = (grads, [1, 0, 1], x.new_empty(0), *tail, False, True, [0, 0, 0])
+                yield f"unsaved-{name}", "depthwise_group_backward", arguments
+                arguments = (grads, [1, 0, 1], x, *tail, True, False, [0, 0, 1])
+                yield f"weights-{name}", "depthwise_group_backward", arguments
+    empty = tensors(1, (0, 3, 4, 5), device)[0]
+    yield "empty", "depthwise_group", (empty, kernels[:1], [1], 1, True)
+    arguments = ([empty], [1], empty, [4, 5], kernels[:1], [1], 1, True, True, [1])
+    yield "empty", "depthwise_group_backward", arguments
 
 
 OPS = (
@@ -218,6 +263,8 @@ OPS = (
     "sample_paths",
     "sample_paths_backward",
     "gate_gradient",
+    "depthwise_group",
+    "depthwise_group_backward",
 )
 
 

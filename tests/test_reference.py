@@ -186,6 +186,9 @@ def calls(device):
         paths = ops.sample_paths(logits, 3, 4, None, two)
         yield paths.probs, [logits], [paths.active, paths.inactive]
     yield ops.gate_gradient(xs[0], [None, *xs[1:]], probs), [probs, *xs], []
+    kernels = [cases.make((3, 1, k, k), torch.float64, device=device) for k in (3, 5)]
+    kernels[1].requires_grad_()
+    yield ops.depthwise_group(xs[0], kernels, [2, 1], 2)[1], [xs[0], kernels[1]], []
 
 
 def outcomes(device):
@@ -216,7 +219,7 @@ def test_every_op_falls_back_where_there_are_no_kernels(device, monkeypatch, tol
             module = importlib.import_module(f"fastnas.ops.{name}")
             monkeypatch.setattr(module, "has_kernels", has_kernels)
     fallback = outcomes(device)
-    assert len(asked) >= 8 and set(asked) == {device.type}
+    assert len(asked) >= 9 and set(asked) == {device.type}
     for k, (a, b) in enumerate(zip(fallback, expected, strict=True)):
         assert a.dtype == b.dtype
         if a.is_floating_point():

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "range.h"
 
-#include <ATen/Version.h>
-
-#include <string>
+#include "capability.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -14,22 +12,6 @@
 #include "isa.h"
 
 namespace fastnas {
-
-namespace {
-
-enum class Isa { kBaseline, kAvx2, kAvx512 };
-
-Isa isa() {
-  static const Isa chosen = [] {
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return Isa::kAvx512;
-    if (capability == "AVX2") return Isa::kAvx2;
-    return Isa::kBaseline;
-  }();
-  return chosen;
-}
-
-}  // namespace
 
 template <typename T>
 const RangeKernels<T>& range_kernels() {

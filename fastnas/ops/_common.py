@@ -93,13 +93,23 @@ def _count_error(op: str, xs: Sequence[Tensor], shape: list[int]) -> ValueError:
     )
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What torch's convolutions cast ``x`` to where they run now: autocast leaves float64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def differentiate(
-    function: Callable[..., Tensor],
+    function: Callable[..., Tensor | list[Tensor]],
     inputs: tuple[Tensor, ...],
     needs: Sequence[bool],
-    grad: Tensor,
+    grad: Tensor | list[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``function(*inputs)`` by autograd, differentiable when grad mode is on.
+
+    A function with several outputs gets a list of gradients.
 
     A backward that is asked for a second derivative runs with grad mode on and comes here, so the
     second derivative is that of the reference and needs no kernel.
@@ -114,6 +124,9 @@ def differentiate(
             for x, need in zip(inputs, needs, strict=True)
         )
         output = function(*views)
+        if isinstance(output, list):  # without those that nothing wanted enters
+            pairs = [(y, g) for y, g in zip(output, grad, strict=True) if y.requires_grad]
+            output, grad = [y for y, _ in pairs], [g for _, g in pairs]
         wanted = [x for x, need in zip(views, needs, strict=True) if need]
         grads = iter(
             torch.autograd.grad(output, wanted, grad, create_graph=create_graph, allow_unused=True)

@@ -156,6 +156,32 @@ def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: 
     return (p * (big_g - (p * big_g).sum())).to(probs.dtype)
 
 
+def depthwise_group(
+    x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], stride: int, relu: bool
+) -> list[Tensor]:
+    """Depthwise convolutions of one source: the first steps of DARTS' ``SepConv`` and ``DilConv``.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        weights: a ``(C, 1, k, k)`` for each convolution, k odd.
+        dilations: one for each convolution.
+        stride: of all of them.
+        relu: whether they read ``relu(x)`` or ``x``.
+
+    Returns:
+        For each weight ``(N, C, ceil(H / stride), ceil(W / stride))``: ``x`` is padded by
+        ``dilation * (k // 2)``.
+    """
+    acc = accumulate_dtype(x.dtype)
+    source = (F.relu(x) if relu else x).to(acc)
+    return [
+        F.conv2d(source, w.to(acc), None, stride, d * (w.shape[-1] // 2), d, groups=x.shape[1]).to(
+            x.dtype
+        )
+        for w, d in zip(weights, dilations, strict=True)
+    ]
+
+
 # --- path sampling
 
 _MASK = 0xFFFFFFFF
