@@ -17,7 +17,7 @@ Whatever else comes is called as it is and enters the sum as a plain tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +33,6 @@ __all__ = [
     "Form",
     "Route",
     "Tail",
-    "bypasses_a_hook",
     "find_tail",
     "has_global_hook",
     "hook_tables",
@@ -77,9 +76,17 @@ class Route(NamedTuple):
         """Called one after the other, they give what enters the norm, or the candidate's output."""
         return self.recipe.layers
 
-    def plain(self) -> Route:
-        """The route that calls the candidate as it is."""
-        return plain_route(self.candidate)
+    def audible(self) -> Route:
+        """The nearest route on which every hook fires.
+
+        This is the one place that decides between the fused ways and the general way of a
+        candidate.
+        """
+        if _listens(self.bypassed):
+            return plain_route(self.candidate)
+        if _listens(self.recipe.bypassed):
+            return self._replace(recipe=Recipe(self.recipe.layers))
+        return self
 
 
 def plain_route(candidate: nn.Module) -> Route:
@@ -100,7 +107,7 @@ def make_route(candidate: nn.Module, forms: Mapping[type[nn.Module], Form] = FOR
     if tail is None:
         return plain_route(candidate)
     recipe = make_recipe(tail.layers)
-    return Route(candidate, recipe, tail.norm, (*tail.bypassed, *recipe.bypassed), False)
+    return Route(candidate, recipe, tail.norm, tail.bypassed, False)
 
 
 def find_tail(module: nn.Module, forms: Mapping[type[nn.Module], Form] = FORMS) -> Tail | None:
@@ -196,11 +203,6 @@ def has_global_hook() -> bool:
     return bool(_module._has_any_global_hook())
 
 
-def bypasses_a_hook(route: Route) -> bool:
-    """Whether taking ``route`` would leave out a hook that calling the candidate fires.
-
-    This is the one place that decides between the fused way and the general way of a candidate.
-    """
-    return bool(route.bypassed) and (
-        has_global_hook() or any(any(hook_tables(module)) for module in route.bypassed)
-    )
+def _listens(modules: Sequence[nn.Module]) -> bool:
+    """Whether a hook waits for the call of one of ``modules``."""
+    return bool(modules) and (has_global_hook() or any(any(hook_tables(m)) for m in modules))

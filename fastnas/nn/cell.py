@@ -11,21 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnas import ops
-from fastnas.ops._common import MAX_CANDIDATES, memory_format
 from fastnas.nn.batch_norm import has_global_hook, hook_tables
 from fastnas.nn.mixed_op import MixedOp, select_weights
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.source import evaluate_source
+from fastnas.ops._common import MAX_CANDIDATES, memory_format
 
 if TYPE_CHECKING:
-    from typing_extensions import TypeGuard
+    from typing import TypeGuard
 
 __all__ = ["joins_edges", "run_nodes"]
 
@@ -34,7 +34,7 @@ class _Arrival(NamedTuple):
     """What an edge brings to its node."""
 
     xs: list[Tensor]
-    norms: list[nn.BatchNorm2d | None]
+    norms: list[Any]
     #: Of the candidates that ``xs`` come from.
     weights: Tensor
     #: The channels that pass by, pooled where the edge halves the size; None without any.
@@ -152,6 +152,7 @@ def _leave(
             )
         everything = len(routes) == len(edge._ops)
         weights = row if everything else select_weights(row, [i for i, _ in routes])
+        assert isinstance(weights, Tensor)
         norms = [route.norm for _, route in routes]
         # `none` would have returned x's dtype, under autocast wider than a convolution's.
         yield _Arrival(

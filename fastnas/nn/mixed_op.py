@@ -14,7 +14,6 @@ from fastnas.nn.batch_norm import (
     FORMS,
     Form,
     Route,
-    bypasses_a_hook,
     has_global_hook,
     hook_tables,
     make_route,
@@ -50,9 +49,9 @@ class Plan(NamedTuple):
         ]
 
     def current_routes(self) -> tuple[Route, ...]:
-        """The routes, with those that would leave out a hook replaced by the general one."""
+        """The routes, with those that would leave out a hook replaced by such as do not."""
         if any(self.hooks) or has_global_hook():
-            return tuple(r.plain() if bypasses_a_hook(r) else r for r in self.routes)
+            return tuple(route.audible() for route in self.routes)
         return self.routes
 
 
@@ -63,6 +62,7 @@ def make_plan(candidates: nn.ModuleList, forms: Mapping[type[nn.Module], Form]) 
     tables: list[Mapping[str, nn.Module | None]] = [candidates._modules]
     tables += (module._modules for module in bypassed if module._modules)
     children = [child for table in tables for child in table.values()]
+    bypassed += [module for route in routes for module in route.recipe.bypassed]
     hooks = tuple(table for module in bypassed for table in hook_tables(module))
     return Plan(candidates, routes, tuple(tables), children, hooks)
 

@@ -42,7 +42,7 @@ def make_recipe(layers: Sequence[Layer]) -> Recipe:
     """Look for what a candidate shares with others that read the same state."""
     layers = tuple(layers)
     if len(layers) >= 2 and _is_relu(layers[0]) and _is_depthwise(layers[1]):
-        return Recipe(layers, layers[1], None, 2)
+        return Recipe(layers, layers[1], None, 2)  # type: ignore[arg-type]  # just checked
     key = _pool_key(layers[0]) if len(layers) == 1 else None
     return Recipe(layers, None, key, 0 if key is None else 1)
 
@@ -127,8 +127,8 @@ def _pool_key(layer: Layer) -> Hashable:
     if "forward" in getattr(layer, "__dict__", {}):
         return None
     if type(layer) is nn.MaxPool2d and not layer.return_indices:
-        sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        return ("max", *sizes, layer.ceil_mode)
+        shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        return ("max", *shape, layer.ceil_mode)
     if type(layer) is nn.AvgPool2d:
         sizes = (layer.kernel_size, layer.stride, layer.padding)
         return ("avg", *sizes, layer.ceil_mode, layer.count_include_pad, layer.divisor_override)
