@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../depthwise.h"
+#include "aligned.h"
 #include "planes.h"
 
 namespace fastnas {
@@ -59,7 +60,7 @@ class Depthwise {
   // ys[i]: (N, C, oh, ow); weights[i]: (C, k, k).
   void forward(const T* x, const std::vector<const acc_t*>& weights,
                const std::vector<T*>& ys) const {
-    const std::vector<acc_t> table = weight_table(outputs_, weights);
+    const AlignedVector<acc_t> table = weight_table(outputs_, weights);
     parallel(units_, 1, [&](int64_t begin, int64_t end) {
       Buffers b(*this, false);
       for (int64_t unit = begin; unit < end; ++unit) {
@@ -75,13 +76,13 @@ class Depthwise {
   void backward(const std::vector<const T*>& grads, const T* x,
                 const std::vector<const acc_t*>& weights, T* dx,
                 std::vector<std::vector<double>>& dws) const {
-    const std::vector<acc_t> table = weight_table(inputs_, weights);
+    const AlignedVector<acc_t> table = weight_table(inputs_, weights);
     const int64_t each = units_per_task(), tasks = (units_ + each - 1) / each;
     const int64_t slots = std::min(tables_, each), row = taps_ * L_;
     std::vector<double> partial(tasks * slots * row);
     parallel(tasks, each, [&](int64_t begin, int64_t end) {
       Buffers b(*this, true);
-      std::vector<acc_t> running(slots * row);
+      AlignedVector<acc_t> running(slots * row);
       std::vector<int64_t> pending(slots);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task * each, last = std::min(first + each, units_);
@@ -103,8 +104,8 @@ class Depthwise {
 
  private:
   struct Buffers {
-    std::vector<acc_t> x, g, dx, stage;
-    std::vector<T> scratch;
+    AlignedVector<acc_t> x, g, dx, stage;
+    AlignedVector<T> scratch;
 
     Buffers(const Depthwise& d, bool backward)
         : x(d.x_.elements()),
@@ -160,9 +161,9 @@ class Depthwise {
   }
 
   // The weight of every tap for every lane, for all groups of planes that have different channels.
-  std::vector<acc_t> weight_table(const std::vector<Phase>& phases,
-                                  const std::vector<const acc_t*>& weights) const {
-    std::vector<acc_t> out;
+  AlignedVector<acc_t> weight_table(const std::vector<Phase>& phases,
+                                    const std::vector<const acc_t*>& weights) const {
+    AlignedVector<acc_t> out;
     out.reserve(tables_ * taps_ * L_);
     for (int64_t j = 0; j < tables_; ++j)
       for (const Phase& p : phases) {
@@ -179,7 +180,7 @@ class Depthwise {
 
   // The rows of a unit and as many around them as the border has. Rows outside of the image are zeros.
   void load(const Frame& f, const Planes& planes, const T* from, int64_t unit, int64_t stride,
-            bool relu, std::vector<acc_t>& buffer, std::vector<T>& scratch) const {
+            bool relu, AlignedVector<acc_t>& buffer, AlignedVector<T>& scratch) const {
     const int64_t top = unit % slabs_ * slab_ * stride - f.border;
     const int64_t bottom = top + f.rows + 2 * f.border;
     const int64_t r0 = std::max<int64_t>(top, 0), r1 = std::min(bottom, planes.H);
@@ -254,20 +255,26 @@ class Depthwise {
     return (unit / slabs_ - first / slabs_) % tables_;
   }
 
+  // Tasks first, then lanes: the order is the same for every number of threads.
   void fold(const std::vector<double>& partial, int64_t each, int64_t slots,
             std::vector<std::vector<double>>& dws) const {
+    const int64_t row = taps_ * L_;
+    std::vector<double> total(tables_ * row);
     const double* from = partial.data();
     for (int64_t first = 0; first < units_; first += each)
-      for (int64_t slot = 0; slot < slots; ++slot)
-        for (const Phase& p : outputs_) {
-          std::vector<double>& dw = dws[p.convolution];
-          const int64_t size = group_.convolutions[p.convolution].taps();
-          for (int64_t t : p.taps) {
-            int64_t c = (first / slabs_ + slot) * L_ % group_.C;
-            for (int64_t l = 0; l < L_; ++l, ++from, c = c + 1 < group_.C ? c + 1 : 0)
-              if (!dw.empty()) dw[c * size + t] += *from;
-          }
-        }
+      for (int64_t slot = 0; slot < slots; ++slot, from += row) {
+        double* to = total.data() + (first / slabs_ + slot) % tables_ * row;
+        for (int64_t i = 0; i < row; ++i) to[i] += from[i];
+      }
+    from = total.data();
+    for (int64_t j = 0; j < tables_; ++j)
+      for (const Phase& p : outputs_) {
+        std::vector<double>& dw = dws[p.convolution];
+        const int64_t size = group_.convolutions[p.convolution].taps();
+        for (int64_t t : p.taps)
+          for (int64_t l = 0; l < L_; ++l, ++from)
+            if (!dw.empty()) dw[(j * L_ + l) % group_.C * size + t] += *from;
+      }
   }
 
   template <typename F>
