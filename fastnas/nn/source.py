@@ -24,27 +24,38 @@ Layer = Callable[[Tensor], Tensor]
 class Recipe(NamedTuple):
     """How a candidate gets from a state to what enters its last BatchNorm."""
 
-    #: Called one after the other, they do it; ``layers[skipped:]`` follow what is shared.
+    #: Called one after the other, they do it.
     layers: tuple[Layer, ...]
-    #: The convolution of a leading ReLU and depthwise convolution.
+    #: The convolution of a leading ReLU and depthwise convolution, shared with others.
     depthwise: nn.Conv2d | None = None
     #: Candidates with equal keys return the same tensor.
     key: Hashable = None
-    skipped: int = 0
-
-    @property
-    def bypassed(self) -> tuple[nn.Module, ...]:
-        """Modules that are not called, so that their hooks would not fire."""
-        return tuple(m for m in self.layers[: self.skipped] if isinstance(m, nn.Module))
+    #: What follows the shared convolution, as few calls as possible.
+    after: tuple[Layer, ...] = ()
+    #: Modules that are then not called, so that their hooks would not fire.
+    bypassed: tuple[nn.Module, ...] = ()
 
 
 def make_recipe(layers: Sequence[Layer]) -> Recipe:
     """Look for what a candidate shares with others that read the same state."""
     layers = tuple(layers)
-    if len(layers) >= 2 and _is_relu(layers[0]) and _is_depthwise(layers[1]):
-        return Recipe(layers, layers[1], None, 2)  # type: ignore[arg-type]  # just checked
-    key = _pool_key(layers[0]) if len(layers) == 1 else None
-    return Recipe(layers, None, key, 0 if key is None else 1)
+    if len(layers) == 1 and (key := _pool_key(layers[0])) is not None:
+        return Recipe(layers, key=key, bypassed=_modules(layers))
+    if len(layers) < 2 or not (_is_relu(layers[0]) and _is_depthwise(layers[1])):
+        return Recipe(layers)
+    bypassed, after, rest = _modules(layers[:2]), [], layers[2:]
+    while rest:
+        if len(rest) >= 3 and _is_norm(rest[0]) and _is_relu(rest[1]) and _is_depthwise(rest[2]):
+            after.append(NormDepthwise(rest[0], rest[2]))  # type: ignore[arg-type]  # just checked
+            bypassed, rest = bypassed + _modules(rest[:3]), rest[3:]
+        else:
+            after.append(rest[0])  # type: ignore[arg-type]
+            rest = rest[1:]
+    return Recipe(layers, layers[1], None, tuple(after), bypassed)  # type: ignore[arg-type]
+
+
+def _modules(layers: Sequence[Layer]) -> tuple[nn.Module, ...]:
+    return tuple(layer for layer in layers if isinstance(layer, nn.Module))
 
 
 def evaluate_source(x: Tensor, edges: Sequence[Sequence[Recipe]]) -> list[list[Tensor]]:
@@ -65,7 +76,7 @@ def evaluate_source(x: Tensor, edges: Sequence[Sequence[Recipe]]) -> list[list[T
         for recipe in recipes:
             h, layers = x, recipe.layers
             if id(recipe) in convolved:
-                h, layers = convolved[id(recipe)], layers[recipe.skipped :]
+                h, layers = convolved[id(recipe)], recipe.after
             elif recipe.key is not None:
                 if recipe.key not in shared:
                     shared[recipe.key] = layers[0](x)
@@ -100,9 +111,30 @@ def _convolve(x: Tensor, edges: Sequence[Sequence[Recipe]]) -> dict[int, Tensor]
     return outputs
 
 
+class NormDepthwise:
+    """A BatchNorm, a ReLU and a depthwise convolution as one fused call."""
+
+    def __init__(self, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
+        """Take the modules; what they hold is read at every call."""
+        self.norm, self.conv = norm, conv
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, H, W)`` to what the convolution returns."""
+        conv = self.conv
+        (y,) = ops.batch_norm_depthwise(
+            x, self.norm, [conv.weight], [conv.dilation[0]], conv.stride[0]
+        )
+        return y
+
+
 def _is_relu(layer: Layer) -> bool:
     """A ReLU that leaves its input alone."""
     return type(layer) is nn.ReLU and not layer.inplace and "forward" not in vars(layer)
+
+
+def _is_norm(layer: Layer) -> bool:
+    """A BatchNorm2d that computes what BatchNorm2d does."""
+    return type(layer) is nn.BatchNorm2d and "forward" not in vars(layer)
 
 
 def _is_depthwise(layer: Layer) -> bool:

@@ -59,7 +59,7 @@ def depthwise_group(
         >>> depthwise_group(x, [torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1)], [1, 1])
         [tensor([[[[2., 2.]]]]), tensor([[[[0., 2.]]]])]
     """
-    _check(x, weights, dilations, stride)
+    check_depthwise("depthwise_group", x, weights, dilations, stride)
     dtype = autocast_dtype(x)
     return list(
         DepthwiseGroup.apply(
@@ -68,8 +68,10 @@ def depthwise_group(
     )
 
 
-def _check(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], stride: int) -> None:
-    op = "depthwise_group"
+def check_depthwise(
+    op: str, x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], stride: int
+) -> None:
+    """Raise unless depthwise convolutions of ``x`` are what these arguments describe."""
     for name, values in (("weights", weights), ("dilations", dilations)):
         if isinstance(values, (Tensor, int)):
             raise TypeError(f"{op}: expected {name} to be a list, but got {type(values).__name__}")
