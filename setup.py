@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent
 REQUIRES = ["numpy", "rich", "tyro"]
 NO_TORCH = """fastnas needs torch to build its kernels: pip install torch, then run this again \
 (or drop --no-build-isolation)"""
+NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
 BUILDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
 
@@ -123,7 +124,7 @@ def extension(torch: Any, cuda: Cuda) -> Extension:
         define_macros=[("FASTNAS_TORCH_VERSION", f'"{torch.__version__}"'), *macros],
         extra_compile_args={
             "cxx": [*optimise, "-fopenmp", "-fvisibility=hidden", "-Wall", *includes],
-            "nvcc": ["-O3", "--expt-relaxed-constexpr", "-t", "2", *includes],
+            "nvcc": [*NVCC_FLAGS, "-t", "2", *includes],
         },
         # Without -fopenmp here and above, at::parallel_for quietly runs on one thread.
         extra_link_args=["-fopenmp"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,6 +49,7 @@ class Session:
     ratios_json: Path | None
     #: False under --benchmark-disable: everything runs once on small images and nothing is timed.
     measuring: bool
+    command: str
     ratios: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     load_average: float = field(default_factory=lambda: os.getloadavg()[0])
@@ -59,6 +61,21 @@ class Session:
     def forms(self, case: Case) -> list[Form]:
         compiling = self.compiler.budget > 0
         return [f for f in case.forms(self.device) if compiling or f.run != "compiled"]
+
+    def keep(self, record: dict[str, Any]) -> None:
+        """Add a ratio, and to the file at once: a session that is cut off leaves what it has."""
+        self.ratios.append(record)
+        if self.ratios_json is None:
+            return
+        content = {
+            "machine": self.machine.as_dict(),
+            "command": self.command,
+            "ratios": self.ratios,
+            "left_out": self.left_out,
+        }
+        temporary = self.ratios_json.with_name(f"{self.ratios_json.name}.tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.ratios_json)
 
     def leave_out(self, reason: LeftOut, case: Case) -> None:
         cases = self.left_out.setdefault(str(reason), [])
@@ -91,7 +108,7 @@ def pytest_configure(config: pytest.Config) -> None:
             f"--bench-device: expected cpu or cuda, but got {options['bench_device']}"
         )
     device, path = torch.device(options["bench_device"]), options["ratios_json"]
-    measuring = not config.getoption("benchmark_disable")
+    measuring = not config.getoption("benchmark_disable", False)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--bench-device=cuda: PyTorch finds no CUDA device")
     if device.type == "cuda" and not _extension.CUDA_VERSION:
@@ -107,8 +124,26 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(threads)
     budget = options["compile_seconds"] if measuring else 0.0
     config.stash[_SESSION] = Session(
-        device, options["bench_seconds"], Compiler(budget), path, measuring
+        device,
+        options["bench_seconds"],
+        Compiler(budget),
+        None if path is None else path.absolute(),
+        measuring,
+        _command(config),
     )
+
+
+def _command(config: pytest.Config) -> str:
+    """What was measured with: without folders of this machine and where results went."""
+    words, given = ["pytest"], iter(map(str, config.invocation_params.args))
+    for word in given:
+        if word == "--ratios-json":
+            next(given, None)
+        elif not word.startswith("--ratios-json="):
+            path = Path(word)
+            inside = path.is_absolute() and path.is_relative_to(config.rootpath)
+            words.append(str(path.relative_to(config.rootpath)) if inside else word)
+    return shlex.join(words)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -248,7 +283,7 @@ def ratio(session: Session) -> Callable[[Prepared, str], None]:
             flusher(session.device, prepared.work(mode)),
         )
         record = _record(session, prepared, mode, list(runs), times)
-        session.ratios.append(record | {"saved_bytes": saved, "left_out": left_out})
+        session.keep(record | {"saved_bytes": saved, "left_out": left_out})
 
     return measure
 
@@ -284,6 +319,7 @@ def _record(
     }
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
@@ -343,13 +379,3 @@ def _line(record: dict[str, Any]) -> list[str]:
         f"{saved[False] / 1e6:.2f}" if saved else "-",
         f"{saved[True] / 1e6:.2f}" if saved else "-",
     ]
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    ours = session.config.stash[_SESSION]
-    if ours.ratios_json is None or not ours.ratios:
-        return
-    content = {"machine": ours.machine.as_dict(), "ratios": ours.ratios}
-    temporary = ours.ratios_json.with_name(f"{ours.ratios_json.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, ours.ratios_json)

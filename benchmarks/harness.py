@@ -122,8 +122,16 @@ def flusher(device: torch.device, work: Work | None) -> Callable[[], None]:
     """
     if device.type != "cuda" or work is None or work.bytes > _FLUSH:
         return lambda: None
-    buffer = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
-    return lambda: buffer.zero_() and None
+    return overwriter(torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device))
+
+
+def overwriter(buffer: Tensor) -> Callable[[], None]:
+    """What writes all of ``buffer`` whenever it is called."""
+
+    def overwrite() -> None:
+        buffer.zero_()
+
+    return overwrite
 
 
 @dataclass

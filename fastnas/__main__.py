@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fastnas``: what is installed here, and which kernels it can use."""
+"""``python -m fastnas``: what is installed here, and which kernels it can use.
+
+With words after it, it is the command line: ``python -m fastnas search`` is ``fastnas search``.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -65,5 +69,12 @@ def main() -> None:
         print(f"{name:<{width}}  {value}")
 
 
+def _command() -> int:
+    """The command line, where ``info`` is what it does without a word."""
+    from fastnas.cli import main as run
+
+    return run(sys.argv[1:] or ["info"])
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(_command())

@@ -44,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Two threads are what the smallest machine has: results that depend on their number show up,
     # and timings do not.
     torch.set_num_threads(2)
+    # What is compared to the last digits on a CPU is so on a GPU: no convolution in TF32.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

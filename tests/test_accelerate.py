@@ -197,8 +197,8 @@ def test_another_formula_stays_with_the_difference(mixed, what):
     ("mixed", "reason"),
     [
         (Fading(4, 1), "reads settings that may change: fade"),
-        (Shared(4, 1), "reads settings that may change: fade"),
-        (Widening(4, 1), "methods that ours lacks: widen"),
+        (Shared(4, 1), "its class defines what ours lacks: fade"),
+        (Widening(4, 1), "its class defines what ours lacks: widen"),
         (Extended(4, 1), "takes more than x and weights"),
         (WithParts(4, 1), "parts besides its candidates: scale"),
         (Failing(4, 1), "does not run on random data: RuntimeError: needs a mask"),
@@ -231,15 +231,15 @@ def test_the_model_itself_cannot_be_replaced():
 
 
 def test_equal_forms_with_other_settings_are_judged_apart():
-    class Powered(stock.MixedOp):
-        def __init__(self, power):
+    class Scaled(stock.MixedOp):
+        def __init__(self, factor):
             super().__init__(4, 1)
-            self.stride = power  # a name that is trusted to stay
+            self.stride = factor  # a name that is trusted to stay
 
         def forward(self, x, weights):
-            return super().forward(x, [w**self.stride for w in weights])
+            return super().forward(x, [self.stride * w for w in weights])
 
-    report = fastnas.accelerate(Edges(Powered(1), Powered(2), Powered(1)))
+    report = fastnas.accelerate(Edges(Scaled(1), Scaled(2), Scaled(1)))
     assert [s.name for s in report.swapped] == ["ops.0", "ops.2"]
     assert [left.name for left in report.left] == ["ops.1"]
 

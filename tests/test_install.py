@@ -29,7 +29,7 @@ def copy(tmp_path):
     (tmp_path / "fastnas").mkdir()
     for name in ("__init__.py", "_extension.py", "_version.py"):
         shutil.copy(PACKAGE / name, tmp_path / "fastnas")
-    (tmp_path / "torch.py").write_text("__version__ = '2.13.0+cpu'\n")
+    (tmp_path / "torch.py").write_text(f"__version__ = '{torch.__version__}'\n")
     return tmp_path
 
 
@@ -65,17 +65,17 @@ def test_other_torch_that_the_loader_rejects(copy):
     metadata.parent.mkdir()
     metadata.write_text(
         "Metadata-Version: 2.1\nName: fastnas\nVersion: 0.1.0\n"
-        "Requires-Dist: numpy\nRequires-Dist: torch==2.11.*\n"
+        "Requires-Dist: numpy\nRequires-Dist: torch==2.10.*\n"
     )
     assert import_error(copy) == (
-        f"fastnas was built for torch 2.11, but torch 2.13.0+cpu is installed; {REBUILD}"
+        f"fastnas was built for torch 2.10, but torch {torch.__version__} is installed; {REBUILD}"
     )
 
 
 def test_other_torch_that_the_loader_does_not_notice(copy):
-    (copy / "fastnas" / "_C.py").write_text("torch_version = '2.14.1'\n")
+    (copy / "fastnas" / "_C.py").write_text("torch_version = '2.10.1'\n")
     assert import_error(copy) == (
-        f"fastnas was built for torch 2.14, but torch 2.13.0+cpu is installed; {REBUILD}"
+        f"fastnas was built for torch 2.10, but torch {torch.__version__} is installed; {REBUILD}"
     )
 
 

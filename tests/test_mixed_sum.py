@@ -126,6 +126,20 @@ def test_weights_in_any_form(device):
     assert_bitwise(torch.stack([d0, d2]), dw[[0, 2]])
 
 
+def test_numbers_reach_another_device_without_a_copy_from_the_host(monkeypatch):
+    """Such a copy would wait for a GPU, and could not be recorded into a graph."""
+
+    def copy(*args, **kwargs):
+        raise AssertionError("copied from the host")
+
+    monkeypatch.setattr(torch, "tensor", copy)
+    monkeypatch.setattr(torch, "as_tensor", copy)
+    xs = [torch.ones(2, 3, device="meta") for _ in range(3)]
+    weight = torch.ones((), device="meta", dtype=torch.float64)
+    for weights in ([0.5, 1, 2.0], [0.5, weight, 1]):
+        assert mixed_sum(xs, weights).device.type == "meta"
+
+
 def test_half_precision_weights_are_used_as_they_are(device):
     xs, _ = cases.make_inputs(2, (2, 3, 4, 4), torch.bfloat16, device=device)
     weights = torch.tensor([0.3, 0.7], dtype=torch.bfloat16, device=device, requires_grad=True)

@@ -9,6 +9,7 @@ from simt import harness
 
 pytestmark = [
     pytest.mark.skipif(harness.compiler() is None, reason="no g++"),
+    pytest.mark.slow,
     pytest.mark.timeout(1800),  # compiles
 ]
 

@@ -75,11 +75,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   if constexpr (kColumns) {
     if (works) {
-      for (int64_t r = first; r < last; r += rows) {
-        const int64_t vector = r * plan.row + lane;
-        if (vector >= plan.vectors) break;
+      const int64_t step = rows * plan.row, cut = last * plan.row;
+      const int64_t end = cut < plan.vectors ? cut : plan.vectors;
+      for (int64_t vector = first * plan.row + lane; vector < end; vector += step)
         add(place_of<V, kColumns>(plan, vector, lane, args.step));
-      }
     }
   } else {
     const int64_t end = plan.N * plan.row;

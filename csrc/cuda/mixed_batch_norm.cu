@@ -9,6 +9,8 @@ namespace fastnas::cuda {
 namespace {
 
 constexpr int kWarps = kThreads / 32;
+// Blocks of a multiprocessor. Left to itself, the compiler stops at as many registers and spills one.
+constexpr int kBlocks = 4;
 
 __device__ inline double read(const void* p, int dtype, int64_t i) {
   switch (static_cast<Dtype>(dtype)) {
@@ -48,7 +50,7 @@ __device__ inline int64_t part_of(const Plan& p, int64_t k, int64_t channel, int
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     normalise_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Norms norms,
                      const __grid_constant__ Normalise args) {
   FASTNAS_SHARED(double, offset, kMaxOperands);
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     norm_gradients_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Norms norms,
                           const __grid_constant__ NormGradients args) {
   FASTNAS_SHARED(double, sums, kMaxOperands + 1);  // sum g, then sum g (x_k - mean_k)

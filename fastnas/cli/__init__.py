@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``fastnas``.
 
-What a command needs is imported when that command runs, so ``fastnas --help`` answers at once.
+What a command needs is imported when that command runs; ``fastnas --help`` needs none of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -37,11 +38,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``fastnas``; default: those of this process.
 
     Returns:
-        The exit code: 0; 2 after a mistake of the user, told in one sentence; 130 after Ctrl-C,
-        143 after SIGTERM. With FASTNAS_DEBUG=1 in the environment mistakes raise instead, with
-        their traceback.
+        The exit code: 0; 2 after a mistake of the user, or a run that cannot go on, told in one
+        sentence; 128 and the number of the signal that ended it: 130 after Ctrl-C, 143 after
+        SIGTERM, 141 where the reader of the output was gone. With FASTNAS_DEBUG=1 in the
+        environment mistakes raise instead, with their traceback.
     """
+    _prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        # A run that was stopped tells its signal, and how to go on.
+        _say_error(str(stop) or "interrupted", style="bold yellow")
+        code = _EXIT_SIGNAL + getattr(stop, "signal", signal.SIGINT)
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        code = _EXIT_SIGNAL + signal.SIGPIPE
+    except Exception as error:
+        if _debugging() or not _is_user_error(error):
+            raise
+        _say_error(_sentence(error))
+        code = _EXIT_USAGE
+    _leave_stdout()
+    return code
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -55,42 +77,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = ", ".join(modules)
         _say_error(f"fastnas: expected a command ({known}), but got {words[0]!r}")
         return _EXIT_USAGE
-    return _run(modules[words[0]], words[1:])
-
-
-def _run(module: str, words: list[str]) -> int:
     try:
-        return import_module(module).main(words)
+        return import_module(modules[words[0]]).main(words[1:])
     except SystemExit as end:  # of the option parser, which has said what it had to say
         return end.code if isinstance(end.code, int) else _EXIT_USAGE
-    except KeyboardInterrupt as stop:
-        # A run that was stopped tells its signal, and how to go on.
-        number = getattr(stop, "signal", signal.SIGINT)
-        _say_error(str(stop) or "interrupted", style="bold yellow")
-        return _EXIT_SIGNAL + number
-    except BrokenPipeError:  # the reader (`| head`) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except _user_errors() as error:
-        if _debugging():
-            raise
-        _say_error(_sentence(error))
-        return _EXIT_USAGE
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """The errors raised where a user's value, file or environment enters."""
+def _prepare_streams() -> None:
+    """Make standard output and error take any text, also where they were closed or are ASCII."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave_stdout() -> None:
+    """Let what standard output did not take go: Python would try again at the end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Whether it was raised where a user's value, file or environment enters."""
     import torch
 
     from fastnas.search.checkpoint import CheckpointError
+    from fastnas.search.resumable import NonFiniteLossError
 
-    return (ValueError, OSError, ImportError, CheckpointError, torch.OutOfMemoryError)
+    kinds = (ValueError, OSError, ImportError, CheckpointError, NonFiniteLossError)
+    memory = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, (*kinds, *memory)) or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch has no class of its own for the memory of the CPU.
+    signs = ("DefaultCPUAllocator", "bad_alloc")
+    return type(error) is RuntimeError and any(sign in str(error) for sign in signs)
 
 
 def _sentence(error: Exception) -> str:
-    if type(error).__name__ == "OutOfMemoryError":
-        first = str(error).splitlines()[0]
-        return f"the device ran out of memory; try a smaller --batch-size ({first})"
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or _is_out_of_memory(error):
+        reason = " ".join(str(error).splitlines()[:1])
+        return (
+            "there is not enough memory; try a smaller --batch-size, --C, --layers or --image-size"
+            + (f" ({reason})" if reason else "")
+        )
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename is not None else ""
         return f"{place}{error.strerror}"

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
-from fastnas.cli.options import choices, parse
+from fastnas.cli.options import begun_with, choices, parse
 from fastnas.cli.progress import evaluation_progress
 from fastnas.cli.terminal import error_console
 from fastnas.evaluate import PRESETS, EvaluateConfig, Evaluation, find_genotype, preset_config
 from fastnas.search import RunDirectory
-from fastnas.search.files import read_json
 
 __all__ = ["main"]
 
@@ -49,9 +47,5 @@ def _config(argv: Sequence[str]) -> EvaluateConfig:
         out = config.resolve(find_genotype(config.source)).out
     if out is None:
         return config
-    saved = RunDirectory(out).config
-    if not saved.is_file():
-        return config  # the evaluation says what is missing
-    begun = EvaluateConfig.from_dict(read_json(saved), str(saved))
-    begun = dataclasses.replace(begun, out=out)
+    begun = begun_with(EvaluateConfig, RunDirectory(out))
     return parse(begun, argv, preset=preset, presets=PRESETS, **words)

@@ -10,9 +10,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-__all__ = ["choices", "parse"]
+from fastnas.evaluate import EvaluateConfig
+from fastnas.search import RunDirectory, SearchConfig
+from fastnas.search.files import read_json
+
+__all__ = ["begun_with", "choices", "parse"]
 
 C = TypeVar("C")
+R = TypeVar("R", SearchConfig, EvaluateConfig)
 
 _PRESET_HELP = (
     "Defaults of all other options. With --resume these are the options of the run, and the "
@@ -38,6 +43,28 @@ def choices(argv: Sequence[str], **defaults: str) -> dict[str, str]:
     except argparse.ArgumentError:
         return dict(defaults)
     return {name: getattr(known, name) or default for name, default in defaults.items()}
+
+
+def begun_with(kind: type[R], run: RunDirectory) -> R:
+    """The configuration of the run in a folder, with the folder where it is now.
+
+    Raises:
+        FileNotFoundError: no run was begun there.
+        ValueError: its ``config.json`` is damaged, or it is a run of another command.
+    """
+    saved = RunDirectory.resume(run.path).config
+    content = read_json(saved)
+    fields = content if isinstance(content, dict) else {}
+    for field, other, what in (
+        ("space", SearchConfig, "search"),
+        ("source", EvaluateConfig, "eval"),
+    ):
+        if field in fields and kind is not other:
+            raise ValueError(
+                f"{run.path} holds a run of fastnas {what}: "
+                f"continue it with: fastnas {what} --resume --out {run.path}"
+            )
+    return dataclasses.replace(kind.from_dict(content, str(saved)), out=str(run.path))
 
 
 def parse(

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
-from fastnas.cli.options import choices, parse
+from fastnas.cli.options import begun_with, choices, parse
 from fastnas.cli.progress import search_progress
 from fastnas.methods import METHODS
 from fastnas.search import PRESETS, RunDirectory, Search, SearchConfig, preset_config
-from fastnas.search.files import read_json
 from fastnas.spaces import SPACES
 
 __all__ = ["main"]
@@ -38,9 +36,5 @@ def _config(argv: Sequence[str]) -> SearchConfig:
     config = parse(config, argv, preset=preset, presets=PRESETS, **words)
     if not config.resume or config.out is None:
         return config
-    saved = RunDirectory(config.out).config
-    if not saved.is_file():
-        return config  # the search says what is missing
-    begun = SearchConfig.from_dict(read_json(saved), str(saved))
-    begun = dataclasses.replace(begun, out=config.out)
+    begun = begun_with(SearchConfig, RunDirectory(config.out))
     return parse(begun, argv, preset=preset, presets=PRESETS, **words)

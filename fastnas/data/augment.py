@@ -63,7 +63,10 @@ class Augment:
             )
         # A configuration read from JSON brings a list; a frozen dataclass must stay hashable.
         object.__setattr__(self, "color_jitter", tuple(self.color_jitter))
-        if len(self.color_jitter) != 4 or min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
+        limits = (math.inf, math.inf, math.inf, 0.5 + 1e-9)
+        if len(self.color_jitter) != 4 or not all(
+            0 <= strength < limit for strength, limit in zip(self.color_jitter, limits, strict=True)
+        ):
             raise ValueError(
                 "color_jitter: expected brightness, contrast and saturation of 0 or more and a hue "
                 f"from 0 to 0.5, got {self.color_jitter}"

@@ -93,6 +93,11 @@ class EpochBatches(ABC):
         self.augment = augment if augment is not None else Augment()
         if any(self.augment.color_jitter) and channels != 3:
             raise ValueError(f"augment: color_jitter needs 3 channels, the images have {channels}")
+        if self.augment.crop_padding > min(image_shape[1:]):
+            raise ValueError(
+                f"augment: expected a crop_padding of at most the side of the images, which are "
+                f"{image_shape[1]} x {image_shape[2]}, got {self.augment.crop_padding}"
+            )
         self.device = torch.device(device)
         self.seed = seed
         self.shuffle = shuffle

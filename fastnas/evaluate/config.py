@@ -17,7 +17,7 @@ import tyro
 
 from fastnas.data import DEFAULT, Augment
 from fastnas.evaluate.source import GenotypeSource
-from fastnas.search.fields import from_dict, to_dict
+from fastnas.search.fields import SEEDS, check_range, from_dict, to_dict
 from fastnas.search.runtime import resolve_device
 from fastnas.search.schedule import ScheduleName
 
@@ -96,11 +96,16 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("C", "layers", "epochs", "batch_size", "log_every"):
-            _in_range(name, getattr(self, name), 1)
+            check_range(name, getattr(self, name), 1)
         for name in _NOT_NEGATIVE:
-            _in_range(name, getattr(self, name), 0)
+            check_range(name, getattr(self, name), 0)
         for name in ("drop_path", "label_smoothing"):
-            _in_range(name, getattr(self, name), 0, 1)
+            check_range(name, getattr(self, name), 0, 1)
+        check_range("seed", self.seed, 0, SEEDS)
+        if self.image_size is not None:
+            check_range("image_size", self.image_size, 1)
+        if not 0 <= self.lr_decay <= 1:
+            raise ValueError(f"lr_decay: expected from 0 to 1, but got {self.lr_decay}")
         if self.resume and self.out is None:
             raise ValueError("resume: expected a folder in out, but got none")
 
@@ -137,8 +142,8 @@ class EvaluateConfig:
 RUNTIME_FIELDS = frozenset({"source", "out", "resume", "device", "threads", "log_every"})
 
 _NOT_NEGATIVE = (
-    *("lr", "lr_min", "lr_warmup_epochs", "lr_decay", "momentum", "weight_decay", "grad_clip"),
-    *("auxiliary_weight", "seed", "threads"),
+    *("lr", "lr_min", "lr_warmup_epochs", "momentum", "weight_decay", "grad_clip"),
+    *("auxiliary_weight", "threads"),
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -192,10 +197,3 @@ def preset_config(preset: str = "demo", **fields: Any) -> EvaluateConfig:
     if unknown := sorted(set(fields) - known):
         raise TypeError(f"preset_config: EvaluateConfig has no field {unknown[0]!r}")
     return EvaluateConfig(**{**PRESETS[preset], **fields})
-
-
-def _in_range(name: str, value: float, least: float, below: float | None = None) -> None:
-    # Written so that nan fails too.
-    if not value >= least or (below is not None and not value < below):
-        wanted = f"at least {least}" + ("" if below is None else f" and below {below}")
-        raise ValueError(f"{name}: expected {wanted}, but got {value}")

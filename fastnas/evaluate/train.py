@@ -25,10 +25,9 @@ from fastnas.evaluate.source import GenotypeSource, find_genotype
 from fastnas.methods import Outcome
 from fastnas.search.checkpoint import RandomState, save_checkpoint
 from fastnas.search.files import write_json, write_text
-from fastnas.search.interrupts import Interrupts
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.resumable import Resumable, data_identity
-from fastnas.search.runtime import amp_dtype, memory_layout, runtime
+from fastnas.search.runtime import amp_dtype, memory_layout
 from fastnas.search.schedule import learning_rate
 from fastnas.spaces import count_operations, count_parameters, get_space
 
@@ -152,32 +151,28 @@ class Evaluation(Resumable):
             Accuracies, sizes and the record of every epoch.
 
         Raises:
-            RunInterrupted: SIGINT or SIGTERM came; the checkpoint is of the last iteration.
+            RunInterrupted: SIGINT, SIGTERM or SIGHUP came, or ``progress`` met a broken pipe; the
+                checkpoint is of the last iteration.
             NonFiniteLossError: the loss became NaN or infinite.
+            BlockingIOError: another process trains in that folder.
             OSError: a file of the run cannot be written.
         """
-        self._begin_files()
-        if self._directory is not None:
-            write_text(self._directory.genotype, self.source.genotype.to_json())
-        runtime_ = runtime(self.config.threads, self.config.deterministic)
-        with runtime_, self.random.use(), Interrupts() as interrupts:
-            try:
-                self.progress.start(self)
-                while self.epoch < self.config.epochs:
-                    self._obey(interrupts)
-                    self._run_epoch(interrupts)
-                result = self._result()
-                if self._directory is not None:
-                    write_json(self._directory.path / "result.json", result.to_dict())
-                self.progress.end(result)
-            except BaseException as reason:
-                self.progress.stop(reason)
-                raise
+        with self._running(self.config.threads, self.config.deterministic):
+            if self._directory is not None:
+                write_text(self._directory.genotype, self.source.genotype.to_json())
+            self._tell(self.progress.start, self)
+            while self.epoch < self.config.epochs:
+                self._obey()
+                self._run_epoch()
+            result = self._result()
+            if self._directory is not None:
+                write_json(self._directory.path / "result.json", result.to_dict())
+            self._tell(self.progress.end, result)
         return result
 
     # --- an epoch ----------------------------------------------------------------------------
 
-    def _run_epoch(self, interrupts: Interrupts) -> None:
+    def _run_epoch(self) -> None:
         c = self.config
         lr = learning_rate(
             self.epoch,
@@ -205,11 +200,10 @@ class Evaluation(Resumable):
             clock = now
             if self.step % c.log_every == 0 or self.step == self.steps_per_epoch:
                 self._check_finite(self.meters())
-                self.progress.step(
-                    self._report("train", self._train, lr, self.step, self.steps_per_epoch)
-                )
-            self._obey(interrupts)
-        top1, top5 = self._test(interrupts, lr)
+                report = self._report("train", self._train, lr, self.step, self.steps_per_epoch)
+                self._tell(self.progress.step, report)
+            self._obey()
+        top1, top5 = self._test(lr)
         self._seconds += time.perf_counter() - clock
         self._finish_epoch(top1, top5, lr)
 
@@ -238,7 +232,7 @@ class Evaluation(Resumable):
             return output[0].float(), output[1].float()
         return output.float(), None
 
-    def _test(self, interrupts: Interrupts, lr: float) -> tuple[Meter, Meter]:
+    def _test(self, lr: float) -> tuple[Meter, Meter]:
         """Test the network: meters whose accuracies are top-1 and top-5.
 
         A run that was stopped here continues with this test: the epoch's iterations are all done.
@@ -254,8 +248,9 @@ class Evaluation(Resumable):
             top1.add(Outcome(loss, ranked[:, 0].sum(), len(y)), number)
             top5.add(Outcome(loss, ranked.sum(), len(y)), number)
             if number % self.config.log_every == 0 or number == steps:
-                self.progress.step(self._report("validation", top1, lr, number, steps))
-            self._obey(interrupts)
+                report = self._report("validation", top1, lr, number, steps)
+                self._tell(self.progress.step, report)
+            self._obey()
         self.network.train()
         return top1, top5
 
@@ -288,7 +283,7 @@ class Evaluation(Resumable):
                 save_checkpoint(self._directory.path / "best.pt", state, kind=NETWORK_KIND)
             self._save()
             self._directory.append_metrics(record)
-        self.progress.epoch(record)
+        self._tell(self.progress.epoch, record)
 
     def _report(self, phase: Any, meter: Meter, lr: float, step: int, steps: int) -> StepReport:
         left = (self.config.epochs - self.epoch) * self.steps_per_epoch - self.step

@@ -3,8 +3,7 @@
 
 A mixed op is found by its shape: a module with a ``ModuleList`` called ``_ops`` and a
 ``forward(x, weights)``, with or without a partial-channel ``k`` and pool ``mp``. What its
-``forward`` computes is not guessed: each distinct form is run once against ours on random data, in
-copies, in float64, and compared in every result a training step depends on.
+``forward`` computes is not guessed: each distinct form is proved once (``fastnas.nn.proof``).
 """
 
 from __future__ import annotations
@@ -13,16 +12,28 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastnas.nn.equality import Verdict, form_of, judge
 from fastnas.nn.mixed_op import MixedOp
+from fastnas.nn.proof import Verdict, form_of, judge
+from fastnas.nn.proof.reading import EVERY_MODULE_HAS, nested_codes, own_classes
 
 __all__ = ["Left", "Report", "Swapped", "accelerate", "restore"]
 
 _ORIGINAL = "_original"
+_NAMES = ("x", "weights")
+# Attributes of a mixed op of ours that say nothing of the one it replaced.
+_OURS = frozenset(
+    (_ORIGINAL, "_plan", "_forms", "_channels", "skip_zero", "forward", "_compiled_call_impl")
+)
+# What a mixed op's class may define and lose: what builds it, or shows it to people.
+_REPLACEABLE = frozenset(
+    ("__init__", "__repr__", "forward", "extra_repr", "_get_name", "__annotate__")
+)
 
 
 @dataclass(frozen=True)
@@ -97,14 +108,30 @@ def accelerate(model: nn.Module) -> Report:
     The replacement holds the very ``_ops`` of the original, so parameters, buffers, state-dict
     keys and optimizers built before stay as they are. A mixed op stays in place if its ``forward``
     takes other arguments, if it has hooks, parts or methods of its own, if its ``forward`` reads
-    settings that may change later, or if any result differs: output, gradients of input, weights
-    and parameters, and buffers, in training and in evaluation, with weights of any sign and with
-    zeros among them (a mixed op that skips candidates of weight zero is replaced by one that does).
+    settings that may change later, or if it is not proved to be the weighted sum: in output,
+    gradients of input, weights and parameters, and buffers, in training and in evaluation, with
+    weights of any sign and with zeros among them (a mixed op that skips candidates of weight zero
+    is replaced by one that does).
 
-    The proof runs in deep copies in float64; the model's state and the random generators stay as
-    they are. It holds for what a mixed op and its candidates are today: a ``forward`` that asks a
-    global variable is not seen through. Python references to a replaced module other than its
-    place in the tree keep the original, which works on the same parameters.
+    The proof has two legs. In copies, in float64, both are run on random data and compared. And
+    what the ``forward`` does beside calling its candidates is followed: it may multiply, add and
+    rearrange tensors, ask whether a weight is zero, and branch as long as runs that agreed took
+    every branch; a clamp, a global variable, the gradient mode or a branch on the batch size that
+    no run takes leave the original in place. The model's state and the random generators stay as
+    they are; a trace function (of a debugger, say) rests meanwhile.
+
+    Not seen through, or not kept:
+
+    * numbers computed from sizes that are the same for all sizes tried (``y + len(x) // 1000``),
+    * code that is put in place of a method or function after the proof,
+    * errors: an input that the original refuses may be taken by ours, and the other way round,
+    * the dtype of the sum under ``autocast``, or with weights of a wider dtype: it is that of
+      ``sum(w * op(x))`` however the original adds, and the memory format is that of the candidates,
+    * NaN and infinity in ``x``: they do not come out of ``none`` (see ``MixedOp``),
+    * ``isinstance`` with the class of the original, and Python references to it other than its
+      place in the tree: these keep the original, which works on the same parameters.
+
+    Accelerate before ``torch.compile``: what is compiled already is left.
 
     Args:
         model: any module; mixed ops are looked for at every depth.
@@ -121,11 +148,11 @@ def accelerate(model: nn.Module) -> Report:
     left: list[Left] = []
     verdicts: dict[object, Verdict] = {}
     replacements: dict[int, MixedOp] = {}
+    surroundings = _Surroundings(model)
     for name, module in list(model.named_modules()):
         if not _has_the_shape(module):
             continue
-        reason = "it is the model itself, which has no parent to hold another" if not name else None
-        reason = reason or _obstacle(module)
+        reason = surroundings.obstacle(module) or _obstacle(module)
         if reason is not None:
             left.append(Left(name, reason))
             continue
@@ -149,6 +176,8 @@ def accelerate(model: nn.Module) -> Report:
 def restore(model: nn.Module) -> int:
     """Undo ``accelerate``: put the original mixed ops back, with the state they have now.
 
+    What was given to a replacement since goes with it: hooks, settings, other candidates.
+
     Args:
         model: a model that went through ``accelerate``, or a copy of one.
 
@@ -160,13 +189,15 @@ def restore(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: expected an nn.Module, but got {type(model).__name__}")
-    restored: set[int] = set()
+    restored: dict[int, nn.Module] = {}
     for parent, name, child in _children(model):
         original = child.__dict__.get(_ORIGINAL)
         if original is not None:
-            original.training = child.training
             parent._modules[name] = original
-            restored.add(id(child))
+            restored[id(child)] = child
+    for child in restored.values():
+        original = vars(child)[_ORIGINAL]
+        vars(original).update(_what_goes_along(child, original))
     return len(restored)
 
 
@@ -193,9 +224,43 @@ def _has_the_shape(module: nn.Module) -> bool:
     return len(needed) == 2
 
 
+class _Surroundings:
+    """What the rest of a model has to do with its mixed ops."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._compiled: set[int] = set()
+        #: The strings in constant tuples: a call with keywords has their names in one.
+        self._keywords: set[object] = set()
+        for module in model.modules():
+            if type(module).__name__ == "OptimizedModule":  # what torch.compile returns
+                self._compiled |= {id(child) for child in module.children()}
+        for cls in {c for module in model.modules() for c in own_classes(type(module))}:
+            for function in vars(cls).values():
+                if isinstance(function, FunctionType):
+                    for code in nested_codes(function.__code__):
+                        tuples = (c for c in code.co_consts if isinstance(c, tuple))
+                        self._keywords.update(*tuples)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """What keeps ``module`` in place because of where it is; None if nothing does."""
+        if module is self._model:
+            return "it is the model itself, which has no parent to hold another"
+        if id(module) in self._compiled or vars(module).get("_compiled_call_impl") is not None:
+            return "it is compiled; accelerate a model before compiling it"
+        for ours, theirs in zip(_NAMES, _parameters(module), strict=False):
+            if ours != theirs and theirs in self._keywords:
+                return f"its argument {theirs}, which ours calls {ours}, may be passed by that name"
+        return None
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
 def _obstacle(module: nn.Module) -> str | None:
     """What keeps ``module`` in place before anything is run; None if nothing does."""
-    if len(inspect.signature(module.forward).parameters) != 2:
+    if len(_parameters(module)) != 2:
         return "its forward takes more than x and weights"
     parts = [name for name in module._modules if name not in ("_ops", "mp")]
     parts += [*module._parameters, *module._buffers]
@@ -205,16 +270,31 @@ def _obstacle(module: nn.Module) -> str | None:
         return "hooks are registered on it"
     if "forward" in vars(module):
         return "its forward was replaced on this instance"
-    classes = [c for c in type(module).__mro__ if c not in nn.Module.__mro__]
-    methods = sorted({n for c in classes for n, f in vars(c).items() if _is_public_method(n, f)})
-    if methods:
-        return f"its class has methods that ours lacks: {', '.join(methods)}"
+    if any(map(_has_own_forward, module.modules())):
+        return "the forward of a part was replaced on that instance, so that it cannot be copied"
+    lost = {
+        n for c in own_classes(type(module)) for n, v in vars(c).items() if _would_be_lost(n, v)
+    }
+    if lost:
+        return f"its class defines what ours lacks: {', '.join(sorted(lost))}"
+    if type(module._modules["_ops"]) is not nn.ModuleList:
+        return "its candidates are in a ModuleList of another class"
+    if any(nn.parameter.is_lazy(t) for t in [*module.parameters(), *module.buffers()]):
+        return "some of its parameters have no shape yet"
     return None
 
 
-def _is_public_method(name: str, value: object) -> bool:
-    known = ("forward", "extra_repr")
-    return callable(value) and not name.startswith("_") and name not in known
+def _has_own_forward(module: nn.Module) -> bool:
+    return "forward" in vars(module) and not isinstance(module, torch.jit.ScriptModule)
+
+
+def _would_be_lost(name: str, value: object) -> bool:
+    """Whether somebody may use, on a mixed op, this that its class defines."""
+    if name in _REPLACEABLE:
+        return False
+    if name.startswith("__"):
+        return callable(value)
+    return not name.startswith("_") or hasattr(nn.Module, name)
 
 
 def _build(module: nn.Module, verdict: Verdict) -> MixedOp:
@@ -222,9 +302,15 @@ def _build(module: nn.Module, verdict: Verdict) -> MixedOp:
     ours = verdict.build(module)
     for name, value in vars(module).items():
         # Settings that the rest of the model may read (``stride``, ``C``, ...).
-        if not name.startswith("_") and name not in ("k", "skip_zero", "training"):
+        if name not in EVERY_MODULE_HAS | _OURS and not hasattr(ours, name):
             vars(ours)[name] = value
     # Not a child: the original must not appear in the tree beside its own candidates.
     vars(ours)[_ORIGINAL] = module
     ours.training = module.training
     return ours
+
+
+def _what_goes_along(ours: nn.Module, original: nn.Module) -> dict[str, Any]:
+    """The attributes that the original takes over when it comes back."""
+    own = _OURS if "k" in vars(original) else _OURS | {"k"}
+    return {name: value for name, value in vars(ours).items() if name not in own}

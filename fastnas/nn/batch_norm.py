@@ -205,4 +205,4 @@ def has_global_hook() -> bool:
 
 def _listens(modules: Sequence[nn.Module]) -> bool:
     """Whether a hook waits for the call of one of ``modules``."""
-    return bool(modules) and (has_global_hook() or any(any(hook_tables(m)) for m in modules))
+    return len(modules) > 0 and (has_global_hook() or any(any(hook_tables(m)) for m in modules))

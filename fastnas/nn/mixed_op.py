@@ -20,6 +20,7 @@ from fastnas.nn.batch_norm import (
 )
 from fastnas.nn.candidates import DARTS_PRIMITIVES, build_candidate
 from fastnas.nn.source import evaluate_source
+from fastnas.ops._common import stack_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -269,7 +270,7 @@ def select_weights(weights: Weights, used: Sequence[int]) -> Weights:
         if not asking:
             return [weights[k] for k in used]
         # Cutting them out of one tensor is what gives those left out their gradient of zero.
-        weights = torch.stack([torch.as_tensor(w).to(asking[0]).reshape(()) for w in weights])
+        weights = stack_weights(weights, asking[0].dtype, asking[0].device)
     runs = [weights[start:stop] for start, stop in _runs(used)]
     return runs[0] if len(runs) == 1 else torch.cat(runs)
 

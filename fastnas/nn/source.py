@@ -122,7 +122,11 @@ class NormDepthwise:
         """Map ``(N, C, H, W)`` to what the convolution returns."""
         conv = self.conv
         (y,) = ops.batch_norm_depthwise(
-            x, self.norm, [conv.weight], [conv.dilation[0]], conv.stride[0]
+            x,
+            self.norm,  # type: ignore[arg-type]  # torch declares its Parameters as always there
+            [conv.weight],
+            [conv.dilation[0]],
+            conv.stride[0],
         )
         return y
 

@@ -63,18 +63,31 @@ def check_candidates(op: str, xs: Sequence[Tensor], name: str = "xs") -> None:
             )
 
 
+def stack_weights(
+    weights: Sequence[Tensor | float], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """One ``(K,)`` tensor of K numbers or tensors of one element; gradients reach the tensors."""
+    if device.type == "cpu" and not any(isinstance(w, Tensor) for w in weights):
+        return torch.tensor(weights, dtype=dtype, device=device)
+    # A list of numbers is copied to a GPU from memory of the host, which waits for the GPU and
+    # cannot be recorded into a graph; torch.full hands its number to a kernel.
+    return torch.stack(
+        [
+            w.to(device, dtype).reshape(())
+            if isinstance(w, Tensor)
+            else torch.full((), w, dtype=dtype, device=device)
+            for w in weights
+        ]
+    )
+
+
 def as_weights(op: str, weights: Tensor | Sequence[Tensor | float], xs: Sequence[Tensor]) -> Tensor:
     """The weights as one ``(K,)`` tensor in the dtype that sums over ``xs`` are taken in."""
     dtype, device = accumulate_dtype(result_dtype(xs)), xs[0].device
     if not isinstance(weights, Tensor):
         if len(weights) != len(xs):
             raise _count_error(op, xs, [len(weights)])
-        if any(isinstance(w, Tensor) for w in weights):
-            weights = torch.stack(
-                [torch.as_tensor(w, dtype=dtype, device=device).reshape(()) for w in weights]
-            )
-        else:
-            weights = torch.tensor(weights, dtype=dtype, device=device)
+        weights = stack_weights(weights, dtype, device)
     if weights.dim() != 1 or weights.shape[0] != len(xs):
         raise _count_error(op, xs, list(weights.shape))
     if not weights.is_floating_point():

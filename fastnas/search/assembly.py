@@ -58,34 +58,45 @@ def split_images(data: Data, config: SearchConfig) -> tuple[Tensor, Tensor]:
         Two int64 tensors on the CPU without a common element.
 
     Raises:
-        ValueError: a part is empty, or lacks a class altogether.
+        ValueError: a part is empty, or lacks a class that the training images have.
     """
     n = data.num_train
+    shares = {"weight_share": config.weight_share, "arch_share": config.arch_share}
     # The small number undoes the rounding of, say, 0.29 * 100.
-    first, second = (int(n * s + 1e-6) for s in (config.weight_share, config.arch_share))
-    if not first or not second:
-        raise ValueError(
-            f"weight_share, arch_share: {config.weight_share} and {config.arch_share} of {n} "
-            "training images leave a part empty"
-        )
+    first, second = (int(n * share + 1e-6) for share in shares.values())
+    for (name, share), count in zip(shares.items(), (first, second), strict=True):
+        if not count:
+            raise ValueError(
+                f"{name}: {share:g} of {n} training images is none; expected at least {1 / n:.2g}"
+            )
     if config.split == "random" or (config.split == "auto" and not isinstance(data, ImageData)):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
         return order[:first], order[first : first + second]
     parts = torch.arange(first), torch.arange(n - second, n)
     if isinstance(data, ImageData):
-        for name, part in zip(("weights", "architecture"), parts, strict=True):
-            _check_classes(data.train_labels[part], data.num_classes, name)
+        for (name, share), part in zip(shares.items(), parts, strict=True):
+            _check_classes(f"{name} {share:g}", data.train_labels.cpu(), part)
     return parts
 
 
-def _check_classes(labels: Tensor, num_classes: int, name: str) -> None:
-    counts = torch.bincount(labels.cpu(), minlength=num_classes)
-    if (counts == 0).any():
-        missing = int((counts == 0).nonzero()[0])
-        raise ValueError(
-            f"split: the images for the {name} have none of class {missing}; "
-            "if they come sorted by class, set split to 'random'"
-        )
+def _check_classes(what: str, labels: Tensor, part: Tensor) -> None:
+    """Raise a ValueError if a part in order lacks a class; the cure depends on the cause."""
+    counts = torch.bincount(labels)
+    lacking = (counts > 0) & (torch.bincount(labels[part], minlength=len(counts)) == 0)
+    if not lacking.any():
+        return
+    missing = int(lacking.nonzero()[0])
+    # The chance that so many images, drawn in any order, are none of that class.
+    by_chance = (1 - counts[missing].item() / len(labels)) ** len(part)
+    cure = (
+        "set split to 'random', for the images seem to be sorted by class"
+        if by_chance < 1e-3
+        else "take a larger share"
+    )
+    raise ValueError(
+        f"{what}: these {len(part)} of {len(labels)} training images have none of class {missing} "
+        f"({counts[missing]} in all); {cure}"
+    )
 
 
 def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Learner:

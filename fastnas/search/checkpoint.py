@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import random
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,6 @@ import torch
 from fastnas.search.files import write_atomic
 
 _FORMAT = 1
-
-# What torch.load raises for a truncated or foreign file.
-_UNREADABLE = (
-    *(RuntimeError, pickle.UnpicklingError, EOFError, OSError),
-    *(ValueError, KeyError, TypeError),
-)
 
 
 class CheckpointError(RuntimeError):
@@ -72,11 +66,16 @@ def load_checkpoint(
     # Opened here, so that a file that may not be read is told from one that makes no sense.
     with open(source, "rb") as file:
         try:
+            # torch.load looks at no checksum: numbers that a disk has spoilt would pass for weights.
+            with zipfile.ZipFile(file) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(damaged)
+            file.seek(0)
             content = torch.load(file, map_location=map_location, weights_only=True)
-        except _UNREADABLE as error:
+        except Exception as error:  # a damaged file can make torch.load raise just about any
             raise CheckpointError(
-                f"{source}: expected a checkpoint of fastnas, but it is truncated or something "
-                f"else ({type(error).__name__})"
+                f"{source}: expected a checkpoint of fastnas, but it is truncated, damaged or "
+                f"something else ({type(error).__name__})"
             ) from error
     if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
         raise CheckpointError(
@@ -136,7 +135,16 @@ class RandomState:
         return self._capture() if self._in_use else dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state of :meth:`state_dict`; the next :meth:`use` block starts from it."""
+        """Take over a state of :meth:`state_dict`; the next :meth:`use` block starts from it.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: it is no such state.
+        """
+        before = self._capture()
+        try:
+            self._restore(state)
+        finally:
+            self._restore(before)
         self._state = dict(state)
 
     def _capture(self) -> dict[str, Any]:

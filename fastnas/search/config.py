@@ -18,7 +18,7 @@ import tyro
 
 from fastnas.data import DEFAULT, Augment
 from fastnas.methods import METHODS, MethodOptions
-from fastnas.search.fields import from_dict, to_dict
+from fastnas.search.fields import SEEDS, check_range, from_dict, to_dict
 from fastnas.search.runtime import resolve_device
 from fastnas.spaces import get_space
 
@@ -123,9 +123,12 @@ class SearchConfig:
                 f"but got {type(self.options).__name__}"
             )
         for name in ("C", "layers", "epochs", "batch_size", "log_every"):
-            _at_least(name, getattr(self, name), 1)
+            check_range(name, getattr(self, name), 1)
         for name in _NOT_NEGATIVE:
-            _at_least(name, getattr(self, name), 0)
+            check_range(name, getattr(self, name), 0)
+        check_range("seed", self.seed, 0, SEEDS)
+        if self.image_size is not None:
+            check_range("image_size", self.image_size, 1)
         for name in ("weight_share", "arch_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(
@@ -173,7 +176,7 @@ RUNTIME_FIELDS = frozenset({"out", "resume", "device", "threads", "log_every"})
 _NOT_NEGATIVE = (
     *("lr", "lr_min", "lr_warmup_epochs", "momentum", "weight_decay", "grad_clip"),
     *("arch_lr", "arch_weight_decay", "arch_grad_clip", "arch_warmup_epochs"),
-    *("val_batches", "seed", "threads"),
+    *("val_batches", "threads"),
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -256,9 +259,3 @@ def method_class(name: str) -> Any:
     if name not in METHODS:
         raise ValueError(f"method: unknown name {name!r}, known are {', '.join(METHODS)}")
     return METHODS[name]
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    # Written so that nan fails too.
-    if not value >= least:
-        raise ValueError(f"{name}: expected at least {least}, but got {value}")

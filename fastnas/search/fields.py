@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+SEEDS = 2**63
+"""Seeds lie below: PyTorch's generators take no more."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -41,6 +45,19 @@ def from_dict(cls: type[T], data: Any, where: str = "configuration") -> T:
         return cls(**values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def check_range(name: str, value: float, least: float, below: float | None = None) -> None:
+    """Raise a ValueError unless a number is finite, at least ``least`` and less than ``below``.
+
+    Integers are less than 2^31 where nothing else is said: what is counted here never comes near
+    that, and PyTorch takes no more.
+    """
+    limit = below if below is not None else 2**31 if isinstance(value, int) else math.inf
+    # Written so that nan fails too.
+    if not least <= value < limit:
+        wanted = f"at least {least}" + (f" and below {limit}" if value >= limit else "")
+        raise ValueError(f"{name}: expected {wanted}, but got {value}")
 
 
 def _plain(value: Any) -> Any:

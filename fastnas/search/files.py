@@ -9,9 +9,11 @@ may leave half written is put right from the checkpoint when the run goes on
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,8 +44,10 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(target)  # a full disk does not tell which file it was
         raise
 
 
@@ -81,7 +85,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{source}: expected JSON of at most 64 MiB, but it has {size} bytes")
     try:
         return json.loads(source.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    # A number of too many digits is a plain ValueError.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not a JSON file ({error})") from None
 
 
@@ -96,7 +101,11 @@ def append_jsonl(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
     line = _line(record)
     # One write of one line: only a kill inside the system call can leave a part of it.
     with open(path, "ab", buffering=0) as file:
-        _write_all(file, line.encode())
+        try:
+            _write_all(file, line.encode())
+        except OSError as error:
+            error.filename = str(path)
+            raise
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -114,7 +123,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError):
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise ValueError(f"{source}: line {number} is not a JSON object")
@@ -130,7 +139,13 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Name the files of the folder ``path``; nothing is read or written."""
+        """Name the files of the folder ``path``; nothing is read or written.
+
+        Raises:
+            ValueError: ``path`` is empty, which would be the current folder.
+        """
+        if not os.fspath(path):
+            raise ValueError("out: expected a folder, but got an empty name")
         self.path = Path(path)
         self.config = self.path / CONFIG
         self.metrics = self.path / METRICS
@@ -188,6 +203,64 @@ class RunDirectory:
                 "start one without --resume"
             )
         return run
+
+    @contextlib.contextmanager
+    def begun(self, config: Mapping[str, Any]) -> Iterator[None]:
+        """Begin a run, locked within the block; an error before a checkpoint undoes the beginning.
+
+        Raises:
+            FileExistsError: as :meth:`free`.
+            BlockingIOError: as :meth:`lock`.
+        """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self.lock():
+                self.create(self.path, config)
+                try:
+                    yield
+                except Exception:
+                    if not self.checkpoint.exists():
+                        for file in (self.config, self.genotype):
+                            file.unlink(missing_ok=True)
+                    raise
+        except Exception:
+            with contextlib.suppress(OSError):  # not empty, or not there
+                for folder in made:
+                    folder.rmdir()
+            raise
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from running here within the block; a kill ends it too.
+
+        Raises:
+            BlockingIOError: another process runs here.
+        """
+        # The folder itself: a file to lock would stay behind.
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise BlockingIOError(
+                f"{self.path}: another process is running there; wait until it is over, "
+                "or choose another folder with --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks, where nothing can be known
+        try:
+            yield
+        finally:
+            os.close(folder)
+
+    def stamp(self) -> tuple[int, int] | None:
+        """What changes when another checkpoint is written; None without one."""
+        try:
+            found = self.checkpoint.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append the record of one epoch to ``metrics.jsonl``."""

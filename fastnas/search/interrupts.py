@@ -8,7 +8,15 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_NAMES = {
+    signal.SIGINT: "Ctrl-C",
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGHUP: "a closed terminal",
+    signal.SIGPIPE: "a closed output",
+}
+
+# Python ignores SIGPIPE and raises BrokenPipeError: it is noted by hand.
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -26,7 +34,9 @@ class RunInterrupted(KeyboardInterrupt):
 class Interrupts:
     """Within the block, SIGINT and SIGTERM are noted instead of obeyed; a second one is obeyed.
 
-    Outside the main thread Python delivers no signals; there the block changes nothing.
+    SIGHUP is noted however often it comes, since a terminal that is closed may send it twice; where
+    it was ignored before (``nohup``), it still is. Outside the main thread Python delivers no
+    signals; there the block changes nothing.
 
     Attributes:
         received: number of the signal that came, None while none did.
@@ -44,8 +54,11 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         """Take over the signals."""
         if threading.current_thread() is threading.main_thread():
-            for number in _NAMES:
-                self._before[number] = signal.signal(number, self._note)
+            for number in _HANDLED:
+                before = signal.getsignal(number)
+                if number != signal.SIGHUP or before != signal.SIG_IGN:
+                    self._before[number] = before
+                    signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -55,16 +68,23 @@ class Interrupts:
         traceback: TracebackType | None,
     ) -> None:
         """Put the former handlers back; a signal that nobody looked at is delivered to them."""
-        self._release()
+        self._release(*self._before)
         if error is None and self.received is not None:
             signal.raise_signal(self.received)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._release()
+    def note(self, number: int) -> None:
+        """Take it that this signal came, unless another one was first."""
+        if self.received is None:
+            self.received = number
 
-    def _release(self) -> None:
-        for number, handler in self._before.items():
-            # None stands for a handler that was not installed from Python; it cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.note(number)
+        if number != signal.SIGHUP:
+            self._release(signal.SIGINT, signal.SIGTERM)
+
+    def _release(self, *numbers: int) -> None:
+        for number in numbers:
+            if number in self._before:
+                handler = self._before.pop(number)
+                # None: a handler that was not installed from Python, which cannot be put back.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -24,11 +24,9 @@ from fastnas.search.assembly import build_halves, build_learner
 from fastnas.search.checkpoint import RandomState
 from fastnas.search.config import RUNTIME_FIELDS, SearchConfig
 from fastnas.search.files import write_text
-from fastnas.search.interrupts import Interrupts
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.progress import Progress, StepReport, TextProgress
 from fastnas.search.resumable import Resumable, data_identity
-from fastnas.search.runtime import runtime
 from fastnas.search.schedule import learning_rate
 from fastnas.spaces import get_space
 
@@ -124,27 +122,23 @@ class Search(Resumable):
             The genotype and the record of every epoch.
 
         Raises:
-            RunInterrupted: SIGINT or SIGTERM came; the checkpoint is of the last iteration.
+            RunInterrupted: SIGINT, SIGTERM or SIGHUP came, or ``progress`` met a broken pipe; the
+                checkpoint is of the last iteration.
             NonFiniteLossError: a loss became NaN or infinite.
+            BlockingIOError: another process searches in that folder.
             OSError: a file of the run cannot be written.
         """
-        self._begin_files()
-        runtime_ = runtime(self.config.threads, self.config.deterministic)
-        with runtime_, self.random.use(), Interrupts() as interrupts:
-            try:
-                self.progress.start(self)
-                while self.epoch < self.config.epochs:
-                    self._obey(interrupts)
-                    self._run_epoch(interrupts)
-                # Again, for a run that was killed between its last checkpoint and this file.
-                result = SearchResult(self._write_genotype(), self.history, self.path)
-                self.progress.end(result)
-            except BaseException as reason:
-                self.progress.stop(reason)
-                raise
+        with self._running(self.config.threads, self.config.deterministic):
+            self._tell(self.progress.start, self)
+            while self.epoch < self.config.epochs:
+                self._obey()
+                self._run_epoch()
+            # Again, for a run that was killed between its last checkpoint and this file.
+            result = SearchResult(self._write_genotype(), self.history, self.path)
+            self._tell(self.progress.end, result)
         return result
 
-    def _run_epoch(self, interrupts: Interrupts) -> None:
+    def _run_epoch(self) -> None:
         config = self.config
         lr = learning_rate(
             self.epoch,
@@ -172,13 +166,13 @@ class Search(Resumable):
             clock = now
             if self.step % config.log_every == 0 or self.step == self.steps_per_epoch:
                 self._check_finite(self.meters())
-                self.progress.step(self._report("train", self._train, lr))
-            self._obey(interrupts)
-        val = self._validate(interrupts, lr)
+                self._tell(self.progress.step, self._report("train", self._train, lr))
+            self._obey()
+        val = self._validate(lr)
         self._seconds += time.perf_counter() - clock
         self._finish_epoch(val, lr)
 
-    def _validate(self, interrupts: Interrupts, lr: float) -> Meter:
+    def _validate(self, lr: float) -> Meter:
         """Test the supernet, BatchNorm in eval mode; no batches where the epoch has no test.
 
         A run that was stopped here continues with this test: the epoch's iterations are all done.
@@ -194,8 +188,9 @@ class Search(Resumable):
         for number, batch in zip(range(1, steps + 1), batches, strict=False):
             meter.add(self.learner.evaluate(batch, self._moment("validation")), number)
             if number % config.log_every == 0 or number == steps:
-                self.progress.step(self._report("validation", meter, lr, (number, steps)))
-            self._obey(interrupts)
+                report = self._report("validation", meter, lr, (number, steps))
+                self._tell(self.progress.step, report)
+            self._obey()
         self.supernet.train()
         return meter
 
@@ -223,7 +218,7 @@ class Search(Resumable):
             self._save()
             self._directory.append_metrics(record)
             self._write_genotype()
-        self.progress.epoch(record, genotype)
+        self._tell(self.progress.epoch, record, genotype)
 
     def _moment(self, phase: Phase) -> Moment:
         done = self.epoch * self.steps_per_epoch + self.step

@@ -4,15 +4,24 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection, Mapping
+import contextlib
+import math
+import signal
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from fastnas.data.interface import Data
-from fastnas.search.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastnas.search.checkpoint import (
+    CheckpointError,
+    RandomState,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fastnas.search.files import RunDirectory, read_json
 from fastnas.search.interrupts import Interrupts, RunInterrupted
 from fastnas.search.meters import Meter
+from fastnas.search.runtime import runtime
 
 __all__ = ["NonFiniteLossError", "Resumable", "data_identity", "difference"]
 
@@ -45,6 +54,9 @@ class Resumable(abc.ABC):
 
     kind: ClassVar[str]
     runtime_fields: ClassVar[Collection[str]] = ()
+    random: RandomState
+    progress: Any
+    steps_per_epoch: int
 
     def __init__(self, config: Mapping[str, Any], out: str | None, resume: bool) -> None:
         self.epoch = 0
@@ -53,6 +65,8 @@ class Resumable(abc.ABC):
         self.resumed = False
         self._begun_with = dict(config)
         self._continues = resume
+        self._interrupts = Interrupts()
+        self._stamp: tuple[int, int] | None = None
         self._directory = None if out is None else self._open(out)
 
     @property
@@ -91,22 +105,65 @@ class Resumable(abc.ABC):
             )
         return directory
 
-    def _begin_files(self) -> None:
-        if self._directory is None:
+    @contextlib.contextmanager
+    def _running(self, threads: int, deterministic: bool) -> Iterator[None]:
+        """The time of a run: its folder is ours alone, signals wait, and its end is told."""
+        with contextlib.ExitStack() as stack:
+            if self._directory is not None:
+                stack.enter_context(self._files(self._directory))
+            stack.enter_context(runtime(threads, deterministic))
+            stack.enter_context(self.random.use())
+            self._interrupts = stack.enter_context(Interrupts())
+            try:
+                yield
+            except BaseException as reason:
+                # Where this cannot be told, the reason itself is what matters.
+                with contextlib.suppress(OSError):
+                    self.progress.stop(reason)
+                raise
+
+    @contextlib.contextmanager
+    def _files(self, directory: RunDirectory) -> Iterator[None]:
+        """The run's folder, locked; a new run that fails before it has saved anything leaves none.
+
+        Raises:
+            BlockingIOError: another process runs there, or did since the checkpoint was read.
+            FileExistsError: another run was begun there meanwhile.
+        """
+        if self._continues:
+            with directory.lock():
+                if directory.stamp() != self._stamp:
+                    raise BlockingIOError(
+                        f"{directory.path} has gone on in another process meanwhile: "
+                        "run the command again"
+                    )
+                if self.resumed:
+                    directory.rewrite_metrics(self.history)
+                yield
             return
-        if not self._continues:
-            RunDirectory.create(self._directory.path, self._begun_with)
-        elif self.resumed:
-            self._directory.rewrite_metrics(self.history)
+        with directory.begun(self._begun_with):
+            yield
+
+    def _tell(self, event: Callable[..., None], *facts: Any) -> None:
+        """Tell the progress something; where nobody listens any more, the run stops and is saved."""
+        try:
+            event(*facts)
+        except OSError as error:
+            # A terminal that was closed gives other errors, after its signal.
+            if not isinstance(error, BrokenPipeError) and self._interrupts.received is None:
+                raise
+            self._interrupts.note(signal.SIGPIPE)
 
     def _save(self) -> None:
         assert self._directory is not None
         save_checkpoint(self._directory.checkpoint, self.state_dict(), kind=self.kind)
+        self._stamp = self._directory.stamp()
 
     def _restore(self) -> None:
         """Load the checkpoint of the run to resume, if it got as far as writing one."""
         assert self._directory is not None
         checkpoint = self._directory.checkpoint
+        self._stamp = self._directory.stamp()
         if not checkpoint.exists():
             if self._directory.metrics.exists():
                 raise CheckpointError(
@@ -118,22 +175,37 @@ class Resumable(abc.ABC):
         state = load_checkpoint(checkpoint, kind=self.kind)
         try:
             self.load_state_dict(state)
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+        # What a state of another shape than ours can make of the code that reads it.
+        except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split()[:40])
+            if isinstance(error, KeyError):
+                reason = f"{reason} is missing"
             raise CheckpointError(
                 f"{checkpoint} does not fit this {self.kind}: {reason}"
             ) from error
         self.resumed = True
 
     def _check_state(self, state: Mapping[str, Any], data: Data) -> None:
-        """Raise a ValueError if a state is of another configuration or of other data."""
+        """Raise a ValueError if a state is of another configuration or of other data.
+
+        Its epoch, step and history must make sense as well: the loop counts on them.
+        """
         if found := difference(state["config"], self._begun_with, self.runtime_fields):
             raise ValueError(f"it is of a {self.kind} with {found}")
         if list(state["data"]) != data_identity(data):
             raise ValueError(f"it is of other data: {state['data']}, not {data_identity(data)}")
+        for name, most in (("epoch", self._begun_with["epochs"]), ("step", self.steps_per_epoch)):
+            if type(state[name]) is not int or not 0 <= state[name] <= most:
+                raise ValueError(f"{name}: expected 0 to {most}, but got {state[name]!r}")
+        history = state["history"]
+        if [record["epoch"] for record in history] != list(range(1, state["epoch"] + 1)):
+            raise ValueError(f"its history is not that of {state['epoch']} epochs")
+        if not 0 <= state["seconds"] < math.inf:
+            raise ValueError(f"seconds: expected 0 or more, but got {state['seconds']!r}")
 
-    def _obey(self, interrupts: Interrupts) -> None:
+    def _obey(self) -> None:
         """Stop at this boundary between iterations if a signal came."""
+        interrupts = self._interrupts
         if interrupts.received is None:
             return
         self._check_finite(self.meters())

@@ -51,20 +51,33 @@ def resolve_device(name: str) -> torch.device:
     """The device called ``name``; ``auto`` is CUDA where there is a device, else the CPU.
 
     Raises:
-        ValueError: PyTorch does not know it, or there is none on this machine.
+        ValueError: it is no device of this machine, or one without memory (``meta``), which cannot
+            train; the message lists those there are.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counts = _devices()
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected cpu, cuda or auto, but got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = (device.index or 0) < counts.get(device.type, 0)
+    except RuntimeError:  # what PyTorch says to a name it does not know
+        there = False
+    if not there:
+        names = [kind if n == 1 else f"{kind}:0 to {kind}:{n - 1}" for kind, n in counts.items()]
         raise ValueError(
-            f"device: expected one that is there, but got {name!r} and PyTorch sees "
-            f"{torch.cuda.device_count()} CUDA devices"
+            f"device: expected {' or '.join(['auto', *names])} (PyTorch sees no other device that "
+            f"can train here), but got {name!r}"
         )
     return device
+
+
+def _devices() -> dict[str, int]:
+    """Kinds of devices that can train here, and how many there are of each."""
+    counts = {"cpu": 1}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        counts[accelerator.type] = torch.accelerator.device_count()
+    return counts
 
 
 def amp_dtype(name: str) -> torch.dtype | None:

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which candidates are those of DARTS under another name, and may be cut before their norm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastnas.nn.batch_norm import FORMS, Form, make_route
+from fastnas.nn.proof.observation import Random, clean_copy, is_same
+from fastnas.nn.proof.reading import Reading, read
+from fastnas.nn.proof.stand_ins import StandIn
+from fastnas.nn.proof.watch import Watch, opaque
+
+__all__ = ["proved_forms"]
+
+
+def proved_forms(candidates: nn.ModuleList, x: Tensor) -> dict[type[nn.Module], Form]:
+    """The candidates' classes that look like DARTS' own and return the same as those.
+
+    Args:
+        candidates: of a mixed op.
+        x: an input that they were run on.
+    """
+    forms: dict[type[nn.Module], Form] = {}
+    refuted = set()
+    for candidate in candidates:
+        cls = type(candidate)
+        if cls in FORMS or cls in refuted or isinstance(candidate, torch.jit.ScriptModule):
+            continue
+        reading = read(candidate)
+        form = _guess(candidate, reading)
+        if form is not None and _is_proved(candidate, form, reading, x):
+            forms[cls] = form
+        else:
+            refuted.add(cls)
+    return {cls: form for cls, form in forms.items() if cls not in refuted}
+
+
+def _guess(candidate: nn.Module, reading: Reading) -> Form | None:
+    """What a candidate seems to be, by the names of its children and of what its forward reads."""
+    children = set(candidate._modules)
+    if candidate._parameters or candidate._buffers:
+        return None
+    if type(candidate).__call__ is not nn.Module.__call__:
+        return None
+    if not reading.settings <= children | {"C_in", "C_out", "stride"}:
+        return None
+    if type(candidate).__name__ == "Zero" and not children:
+        return "zero"
+    if children == {"op"}:
+        return "op"
+    return "factorized_reduce" if children == {"relu", "conv_1", "conv_2", "bn"} else None
+
+
+class _Twin(NamedTuple):
+    """A copy of a candidate, and what its forward should return for an input, in either mode."""
+
+    module: nn.Module
+    expect: Callable[[Tensor, bool], Tensor | float]
+    #: Whether it has to; otherwise it only helps to take a branch.
+    required: bool
+
+
+def _is_proved(candidate: nn.Module, form: Form, reading: Reading, x: Tensor) -> bool:
+    """Whether ``candidate`` is what it seems to be."""
+    watch, random = Watch(reading), Random(x.device, x.dtype)
+    for twin in _twins(candidate, form, x, random):
+        for training, batch in product((True, False), (1, len(x))):
+            twin.module.train(training)
+            try:
+                random.seed()
+                with watch.run():
+                    y = twin.module.forward(x[:batch])  # a call would fire hooks
+                random.seed()
+                same = _is_same(y, twin.expect(x[:batch], training))
+            except Exception:  # somebody else's code, maybe with a setting it was not built for
+                same = False
+            if same:
+                watch.keep()
+            elif twin.required:
+                return False
+    return watch.fault() is None
+
+
+def _is_same(y: Tensor, expected: Tensor | float) -> bool:
+    if not isinstance(expected, Tensor):
+        return bool((y == expected).all())
+    return y.requires_grad == expected.requires_grad and is_same(y, expected)
+
+
+def _twins(candidate: nn.Module, form: Form, x: Tensor, random: Random) -> Iterator[_Twin]:
+    """Copies to run; ``x`` is an input of the candidate."""
+    if form == "zero":
+        yield _Twin(copy.copy(candidate), lambda x, training: 0.0, True)
+        for stride in (1, 2):  # it has a branch for each, and takes only its own
+            twin = copy.copy(candidate)
+            vars(twin)["stride"] = stride
+            yield _Twin(twin, lambda x, training: 0.0, False)
+        return
+    twin = clean_copy(candidate, x.dtype)
+    if form == "op":
+        shape = tuple(x.shape[1:])
+        stand_in = StandIn(shape, shape, random)
+        vars(twin)["_modules"] = {"op": stand_in}
+        yield _Twin(twin, lambda x, training: stand_in(x), True)
+        return
+    for child in twin.children():
+        opaque(child)
+    route = make_route(clean_copy(candidate, x.dtype), {type(candidate): form})
+
+    def cut(x: Tensor, training: bool) -> Tensor:
+        assert route.norm is not None
+        route.candidate.train(training)
+        return route.norm(route.layers[0](x))
+
+    yield _Twin(twin, cut, True)

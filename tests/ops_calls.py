@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op as one call, forward and backward, on inputs that may be replaced.
+
+Nothing but the given inputs is read, and nothing of it comes from the host: for streams, graphs and
+tools that watch a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import ops_cases as cases
+import torch
+from torch import Tensor, nn
+
+from fastnas import ops
+
+SHAPE = (3, 4, 8, 6)
+
+
+class Call(NamedTuple):
+    """Inputs on a device, and a forward and backward of an op on any such inputs."""
+
+    inputs: list[Tensor]
+    run: Callable[[Sequence[Tensor]], list[Tensor]]
+    norms: Sequence[nn.Module | None] = ()
+
+
+def _mixed(device, layout, dtype, shape, mix, kinds=None, weights=None, rest_shape=None):
+    """The call of an op of candidates; the gradient of its output is an input as well."""
+    xs, w = cases.make_inputs(7, shape, dtype, layout, device)
+    norms = [] if kinds is None else cases.make_norms(7, shape[1], device, kinds)
+    leaves = [w, *xs]
+    if rest_shape is not None:
+        leaves.append(cases.make(rest_shape, dtype, layout, device, seed=60).requires_grad_())
+    out = shape if rest_shape is None else (shape[0], 4 * shape[1], *shape[2:])
+    grad = cases.make(out, dtype, layout, device, seed=50)
+
+    def run(inputs):
+        *leaves, grad = inputs
+        w, xs, rest = leaves[0], leaves[1:8], leaves[8:]
+        given = w if weights is None else weights(w)
+        y = mix(xs, given, norms, *rest)
+        asked = [*leaves, *cases.affine_parameters(norms)]
+        grads = torch.autograd.grad(y, asked, grad, allow_unused=True)
+        return [y, *(g for g in grads if g is not None)]
+
+    return Call([*leaves, grad], run, norms)
+
+
+def mixed_sum(device, layout="contiguous", dtype=torch.float32, shape=SHAPE, weights=None):
+    def mix(xs, weights, norms):
+        return ops.mixed_sum(xs, weights)
+
+    return _mixed(device, layout, dtype, shape, mix, weights=weights)
+
+
+def mixed_batch_norm(device, layout="contiguous", dtype=torch.float32, shape=SHAPE):
+    return _mixed(device, layout, dtype, shape, ops.mixed_batch_norm, kinds=0)
+
+
+def partial_channel_mix(
+    device, layout="contiguous", dtype=torch.float32, shape=SHAPE, pooled=False
+):
+    def mix(xs, weights, norms, rest):
+        return ops.partial_channel_mix(rest, xs, weights, 4, norms)
+
+    n, c, h, w = shape
+    rest = (n, 3 * c, 2 * h + 1, 2 * w) if pooled else (n, 3 * c, h, w)
+    return _mixed(device, layout, dtype, shape, mix, kinds=2, rest_shape=rest)
+
+
+def gate_gradient(device, layout="contiguous", dtype=torch.float32, shape=SHAPE):
+    xs, _ = cases.make_inputs(3, shape, dtype, layout, device)
+    grad = cases.make(shape, dtype, layout, device, seed=50)
+    v = cases.make((4,), torch.float32, device=device, seed=51)
+    probs = torch.softmax(cases.draw((4,), 52), 0).to(device).requires_grad_()
+
+    def run(inputs):
+        *xs, probs, grad, v = inputs
+        alpha = ops.gate_gradient(grad, [*xs, None], probs)
+        return [alpha, *torch.autograd.grad(alpha, [probs, *xs], v)]
+
+    return Call([*xs, probs, grad, v], run)
+
+
+def sample_paths(device, two=True):
+    logits = cases.make((9, 7), device=device).requires_grad_()
+    counts = torch.tensor([7, 3, 1, 7, 2, 6, 5, 4, 7]).to(device)
+    grad = cases.make((9, 2), device=device, seed=53)
+
+    def run(inputs):
+        logits, counts, grad = inputs
+        paths = ops.sample_paths(logits, 5, 6, counts, two)
+        return [*paths, *torch.autograd.grad(paths.probs, [logits], grad)]
+
+    return Call([logits, counts, grad], run)
+
+
+def numbers(w):
+    """Weights that are numbers of the host."""
+    return [0.5, -1.0, 2.0, 0.25, 0.0, 1.0, 3.0]
+
+
+def some_numbers(w):
+    return [w[0], 0.5, w[2], *w[3:].unbind()]
+
+
+CALLS = {
+    "mixed_sum": mixed_sum,
+    "mixed_sum of numbers": lambda device, **kw: mixed_sum(device, weights=numbers, **kw),
+    "mixed_sum of both": lambda device, **kw: mixed_sum(device, weights=some_numbers, **kw),
+    "mixed_batch_norm": mixed_batch_norm,
+    "partial_channel_mix": partial_channel_mix,
+    "partial_channel_mix, pooled": lambda device, **kw: partial_channel_mix(
+        device, pooled=True, **kw
+    ),
+    "gate_gradient": gate_gradient,
+    "sample_paths": lambda device, layout="", dtype=None, shape=SHAPE: sample_paths(device),
+}

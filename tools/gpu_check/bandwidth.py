@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What share of the copy bandwidth each op reaches: by shape, direction, memory format, precision.
+
+On a GPU a direction is recorded into a graph and replayed, so that it is the kernels that are timed
+and not Python; operands that would fit the L2 are flushed from it first. On a CPU (a rehearsal) it
+is called as it is, on small images. The folders benchmarks and tests have to be on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bench_gate_gradient
+import bench_mixed_batch_norm
+import bench_mixed_sum
+import bench_partial_channel_mix
+import torch
+from cases import BOTH, FORWARD, Case, Setting, output
+from harness import Work, describe_machine, flusher, synchronize, timed
+from phase import write
+
+MODULES = (
+    bench_mixed_sum,
+    bench_mixed_batch_norm,
+    bench_partial_channel_mix,
+    bench_gate_gradient,
+)
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = (torch.float32, torch.bfloat16)
+MOST, LEAST, SECONDS = 60, 10, 0.15
+
+Run = Callable[[], object]
+
+
+def rows(device: torch.device, keep: Callable[[dict[str, Any]], None], bandwidth: float) -> None:
+    """Measure every row and hand it to ``keep``."""
+    for module in MODULES:
+        for case in module.CASES:
+            for dtype in DTYPES:
+                for layout, memory_format in FORMATS.items():
+                    shape = case.shape if device.type == "cuda" else reduced(case.shape)
+                    setting = Setting(shape, dtype, device, memory_format)
+                    for direction, seconds, moved in measure(case, setting):
+                        keep(
+                            {
+                                "op": case.op,
+                                "size": case.size,
+                                "dtype": str(dtype).removeprefix("torch."),
+                                "format": layout,
+                                "direction": direction,
+                                "seconds": seconds,
+                                "bytes": moved,
+                                "share": moved / seconds / bandwidth,
+                            }
+                        )
+
+
+def reduced(shape: tuple[int, ...]) -> tuple[int, ...]:
+    n, channels, h, w = shape
+    return (min(n, 2), channels, max(h // 2, 4), max(w // 2, 4))
+
+
+def measure(case: Case, setting: Setting) -> list[tuple[str, float, int]]:
+    """(direction, median seconds, bytes that it cannot do without) of one setting."""
+    assert case.work is not None
+    work = case.work(setting)
+    torch.manual_seed(0)
+    call = case.build("fastnas", setting)
+    directions: dict[str, tuple[Callable[[], Run], int]] = {
+        "forward": (lambda: lambda: output(call), work[FORWARD].bytes)
+    }
+    if BOTH in work:
+
+        def backward() -> Run:
+            y = output(call)
+            grad = torch.randn_like(y)
+            return lambda: torch.autograd.grad(y, call.wrt, grad, retain_graph=True)
+
+        directions["backward"] = (backward, work[BOTH].bytes - work[FORWARD].bytes)
+    device = setting.device
+    found = []
+    for name, (prepare, moved) in directions.items():
+        timer = on_gpu if device.type == "cuda" else on_cpu
+        seconds = timer(prepare, device, flusher(device, Work(moved)))
+        found.append((name, statistics.median(seconds), moved))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def on_cpu(prepare: Callable[[], Run], device: torch.device, before: Run) -> list[float]:
+    run = prepare()
+    run()
+    return [timed(run, device) for _ in range(LEAST)]
+
+
+def on_gpu(prepare: Callable[[], Run], device: torch.device, before: Run) -> list[float]:
+    """Times of a replay, by the GPU's own clock."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    # A backward runs on the stream of its forward, which has to be the one that is recorded.
+    with torch.cuda.stream(stream):
+        run = prepare()
+        for _ in range(3):
+            run()
+    synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = run()
+    pairs = []
+    stop = time.perf_counter() + SECONDS
+    while len(pairs) < LEAST or (len(pairs) < MOST and time.perf_counter() < stop):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before()
+        start.record()
+        graph.replay()
+        end.record()
+        pairs.append((start, end))
+    synchronize(device)
+    del kept
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    machine = describe_machine(device, 0.0)
+    found: dict[str, Any] = {"machine": machine.as_dict(), "rows": [], "complete": False}
+
+    def keep(row: dict[str, Any]) -> None:
+        found["rows"].append(row)
+        write(options.out, found)
+
+    rows(device, keep, machine.copy_bandwidth)
+    found["complete"] = True
+    write(options.out, found)
+    print(f"{len(found['rows'])} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
