@@ -82,7 +82,9 @@ def check_against_torch(x, norm, weights, dilations, stride, tolerances):
     else:
         expected_grads = [torch.zeros_like(t) for t in exact_leaves]
     names = ["dx", *(f"dw[{i}]" for i in range(len(weights))), "dgamma", "dbeta"]
-    assert_all_near(actual, expected_grads, tolerances, names[: len(actual)])
+    # The gradient of what the ReLU saw is rounded to the dtype of x before anything sums it.
+    rounded = {t: max(tolerances[t], tolerances[x.dtype]) for t in tolerances}
+    assert_all_near(actual, expected_grads, rounded, names[: len(actual)])
     assert [t.dtype for t in actual] == [t.dtype for t in leaves]
     return ys, actual
 
@@ -142,11 +144,10 @@ def test_any_subset_of_gradients(device):
         for leaf, on in zip(leaves, some, strict=True):
             leaf.requires_grad_(bool(on))
         ys = batch_norm_depthwise(x, norm, weights, dilations)
-        found = torch.autograd.grad(
-            ys, [t for t, on in zip(leaves, some, strict=True) if on], grads
-        )
-        for a, b in zip(found, [g for g, on in zip(full, some, strict=True) if on], strict=True):
-            assert_bitwise(a, b)
+        asking = [i for i, on in enumerate(some) if on]
+        found = torch.autograd.grad(ys, [leaves[i] for i in asking], grads)
+        for a, i in zip(found, asking, strict=True):
+            assert_bitwise(a, full[i])
 
 
 def test_outputs_without_a_gradient(device, tolerances):

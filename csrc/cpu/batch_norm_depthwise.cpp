@@ -101,7 +101,9 @@ batch_norm_depthwise_backward_cpu(at::TensorList grads, at::IntArrayRef present,
   if (need_source) dh = at::empty(x.sizes(), grads[0].options(), format);
   MixGradients out;
   if (need_x) out.dxs.push_back(at::empty(x.sizes(), grads[0].options(), format));
-  out.dgamma = out.dbeta = at::empty({0}, plain.dtype(acc));
+  const int64_t rows = need_source && gamma ? 1 : 0;
+  out.dgamma = from_doubles(std::vector<double>(rows * group.C), {rows, group.C}, plain.dtype(acc));
+  out.dbeta = from_doubles(std::vector<double>(rows * group.C), {rows, group.C}, plain.dtype(acc));
   std::vector<std::vector<double>> sums;
   for (int64_t i = 0; i < group.size(); ++i)
     sums.emplace_back(need_weights[i] ? group.C * group.convolutions[i].taps() : 0);

@@ -188,7 +188,6 @@ def _(
     check_devices(f"{_OP}_backward", x, mean, var, *grads, *optional, *weights)
     dx = fake_like(x, grads[0].dtype) if need_x else grads[0].new_empty(0)
     dws = [w.new_empty(w.shape) for w, need in zip(weights, need_weights, strict=True) if need]
-    rows = (1, x.shape[1]) if gamma is not None else (0, x.shape[1])
-    acc = reference.accumulate_dtype(grads[0].dtype)
-    dgamma = x.new_empty(rows if need_x or need_norm else 0, dtype=acc)
+    rows = int(gamma is not None and (need_x or need_norm))
+    dgamma = x.new_empty(rows, x.shape[1], dtype=reference.accumulate_dtype(grads[0].dtype))
     return dx, dws, dgamma, torch.empty_like(dgamma)

@@ -14,6 +14,7 @@ from fastnas.ops import reference
 from fastnas.ops._common import (
     MAX_CANDIDATES,
     autocast_dtype,
+    check_devices,
     differentiate,
     fake_like,
     memory_format,
@@ -175,6 +176,7 @@ class DepthwiseGroup(torch.autograd.Function):
 def _(
     x: Tensor, weights: list[Tensor], dilations: list[int], stride: int, relu: bool
 ) -> list[Tensor]:
+    check_devices("depthwise_group", x, *weights)
     n, c, *space = x.shape
     shape = (n, c, *((size + stride - 1) // stride for size in space))
     return [fake_like(x, x.dtype, shape) for _ in weights]
@@ -193,6 +195,7 @@ def _(
     need_x: bool,
     need_weights: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
+    check_devices("depthwise_group_backward", x, *grads, *weights)
     like = x if x.dim() == 4 else grads[0]
     dtype, shape = grads[0].dtype, (*grads[0].shape[:2], *size)
     dx = fake_like(like, dtype, shape) if need_x else grads[0].new_empty(0)
