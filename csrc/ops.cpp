@@ -45,6 +45,17 @@ TORCH_LIBRARY(fastnas, m) {
   m.def(
       "gate_gradient(Tensor grad_output, Tensor[] outputs, Tensor probs, int[] present) -> Tensor");
 
+  // kind, gamma, beta and running statistics: of the BatchNorm, as in mixed_batch_norm; absent where it has none.
+  m.def(
+      "batch_norm_depthwise(Tensor x, int kind, float eps, Tensor? gamma, Tensor? beta, Tensor? "
+      "running_mean, Tensor? running_var, Tensor[] weights, int[] dilations, int stride) -> "
+      "(Tensor[], Tensor, Tensor)");
+  m.def(
+      "batch_norm_depthwise_backward(Tensor[] grads, int[] present, Tensor x, Tensor mean, Tensor "
+      "var, int kind, float eps, Tensor? gamma, Tensor? beta, Tensor[] weights, int[] dilations, "
+      "int stride, bool need_x, bool need_norm, int[] need_weights) -> (Tensor, Tensor[], Tensor, "
+      "Tensor)");
+
   // grads: of the outputs i with present[i]; size: H and W of x, which is empty where nothing reads it.
   m.def(
       "depthwise_group(Tensor x, Tensor[] weights, int[] dilations, int stride, bool relu) -> "

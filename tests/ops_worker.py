@@ -38,6 +38,10 @@ def mixing_calls(count, shape, dtype, layout):
     for stride in (1, 2):
         ys = ops.depthwise_group(xs[0], kernels, [1, 1, 2], stride)
         yield f"depthwise_group/{stride}", torch.stack(ys), [xs[0], *kernels]
+    if n * h * w > 1 or n * h * w == 0:
+        norm = cases.make_norms(3, c)[2]
+        (y,) = ops.batch_norm_depthwise(xs[0], norm, kernels[:1], [1])
+        yield "batch_norm_depthwise", y, [xs[0], kernels[0], *norm.parameters()]
 
 
 def results():
@@ -105,6 +109,24 @@ def large_calls(layout):
         "depthwise_group": lambda: ops.depthwise_group(xs[0], kernels, [1, 2]),
         "depthwise_group_backward": lambda: raw.depthwise_group_backward(
             [grad, grad], [1, 1], xs[0], [32, 32], kernels, [1, 2], 1, True, True, [1, 1]
+        ),
+        "batch_norm_depthwise": lambda: ops.batch_norm_depthwise(xs[0], norms[0], kernels, [1, 2]),
+        "batch_norm_depthwise_backward": lambda: raw.batch_norm_depthwise_backward(
+            [grad, grad],
+            [1, 1],
+            xs[0],
+            table[0],
+            table[0],
+            1,
+            1e-5,
+            None,
+            None,
+            kernels,
+            [1, 2],
+            1,
+            True,
+            False,
+            [1, 1],
         ),
     }
 

@@ -37,7 +37,7 @@ std::vector<at::Tensor> depthwise_group_cpu(const at::Tensor& x, at::TensorList 
     using T = decltype(tag);
     std::vector<T*> to;
     for (const at::Tensor& y : ys) to.push_back(static_cast<T*>(y.mutable_data_ptr()));
-    Depthwise<T>(group, format != at::MemoryFormat::Contiguous, relu)
+    Depthwise<T>(group, format != at::MemoryFormat::Contiguous, Source{relu})
         .forward(const_pointer<T>(source), const_pointers<acc_type<T>>(w), to);
   });
   return ys;
@@ -66,7 +66,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> depthwise_group_backward_cpu(
       std::vector<const T*> g(group.size(), nullptr);
       for (int64_t i = 0, j = 0; i < group.size(); ++i)
         if (present[i]) g[i] = const_pointer<T>(gs[j++]);
-      Depthwise<T>(group, format != at::MemoryFormat::Contiguous, relu)
+      Depthwise<T>(group, format != at::MemoryFormat::Contiguous, Source{relu})
           .backward(g, const_pointer<T>(source), const_pointers<acc_type<T>>(w),
                     need_x ? static_cast<T*>(dx.mutable_data_ptr()) : nullptr, sums);
     });

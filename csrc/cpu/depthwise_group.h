@@ -40,13 +40,19 @@ struct Phase {
   int64_t size() const { return taps.size(); }
 };
 
+// What the convolutions read: x, max(x, 0), or max(scale x + shift, 0) with a scale and a shift a channel.
+struct Source {
+  bool relu;
+  const std::vector<double>*scale = nullptr, *shift = nullptr;
+};
+
 template <typename T>
 class Depthwise {
  public:
   using acc_t = acc_type<T>;
 
-  Depthwise(const DepthwiseGroup& group, bool columns, bool relu)
-      : group_(group), kernels_(plane_kernels<T>()), relu_(relu), L_(kernels_.lanes) {
+  Depthwise(const DepthwiseGroup& group, bool columns, const Source& source)
+      : group_(group), kernels_(plane_kernels<T>()), relu_(source.relu), L_(kernels_.lanes) {
     const DepthwiseGroup& g = group;
     source_ = {g.N * g.C, g.C, g.H, g.W, columns || g.H * g.W == 1};
     output_ = {g.N * g.C, g.C, g.oh, g.ow, columns || g.oh * g.ow == 1};
@@ -55,6 +61,10 @@ class Depthwise {
     slabs_ = (g.oh + slab_ - 1) / slab_;
     units_ = (g.N * g.C + L_ - 1) / L_ * slabs_;
     make_phases();
+    for (int64_t j = 0; source.scale && j < tables_; ++j)
+      for (const std::vector<double>* values : {source.scale, source.shift})
+        for (int64_t l = 0; l < L_; ++l)
+          normal_.push_back(static_cast<acc_t>((*values)[(j * L_ + l) % g.C]));
   }
 
   // ys[i]: (N, C, oh, ow); weights[i]: (C, k, k).
@@ -64,7 +74,7 @@ class Depthwise {
     parallel(units_, 1, [&](int64_t begin, int64_t end) {
       Buffers b(*this, false);
       for (int64_t unit = begin; unit < end; ++unit) {
-        load(x_, source_, x, unit, group_.stride, relu_, b.x, b.scratch);
+        load_source(x, unit, b);
         const acc_t* w = table.data() + unit / slabs_ % tables_ * taps_ * L_;
         for (const Phase& p : outputs_) write_output(p, b, w, unit, ys[p.convolution]);
       }
@@ -178,12 +188,29 @@ class Depthwise {
   int64_t rows_of(int64_t unit) const { return std::min(slab_, group_.oh - unit % slabs_ * slab_); }
   int64_t staged_rows(int64_t width) const { return std::max<int64_t>(kStagePixels / width, 1); }
 
+  // In the tensor: where the buffer begins (perhaps above the image), and the first and last row that it gets.
+  struct Rows {
+    int64_t top, first, last;
+  };
+  Rows rows_loaded(const Frame& f, const Planes& planes, int64_t unit, int64_t stride) const {
+    const int64_t top = unit % slabs_ * slab_ * stride - f.border;
+    return {top, std::max<int64_t>(top, 0), std::min(top + f.rows + 2 * f.border, planes.H)};
+  }
+
+  // What the convolutions of a unit read. The border stays zero: it pads what was normalised.
+  void load_source(const T* x, int64_t unit, Buffers& b) const {
+    load(x_, source_, x, unit, group_.stride, relu_ && normal_.empty(), b.x, b.scratch);
+    if (normal_.empty()) return;
+    const auto [top, r0, r1] = rows_loaded(x_, source_, unit, group_.stride);
+    const acc_t* scale = normal_.data() + unit / slabs_ % tables_ * 2 * L_;
+    kernels_.normalise(b.x.data() + x_.offset(r0 - top, x_.border), x_.offset(1, 0), r1 - r0,
+                       group_.W, scale, scale + L_);
+  }
+
   // The rows of a unit and as many around them as the border has. Rows outside of the image are zeros.
   void load(const Frame& f, const Planes& planes, const T* from, int64_t unit, int64_t stride,
             bool relu, AlignedVector<acc_t>& buffer, AlignedVector<T>& scratch) const {
-    const int64_t top = unit % slabs_ * slab_ * stride - f.border;
-    const int64_t bottom = top + f.rows + 2 * f.border;
-    const int64_t r0 = std::max<int64_t>(top, 0), r1 = std::min(bottom, planes.H);
+    const auto [top, r0, r1] = rows_loaded(f, planes, unit, stride);
     if (slabs_ > 1) {
       std::fill_n(buffer.data(), f.offset(r0 - top, 0), acc_t{});
       std::fill(buffer.data() + f.offset(r1 - top, 0), buffer.data() + f.elements(), acc_t{});
@@ -219,7 +246,7 @@ class Depthwise {
     const int64_t row = unit % slabs_ * slab_ * s, height = std::min(s * slab_, group_.H - row);
     const acc_t* w = table + unit / slabs_ % tables_ * taps_ * L_;
     const acc_t *xp = b.x.data() + x_.inside(), *gp = b.g.data() + g_.inside();
-    if (x) load(x_, source_, x, unit, s, relu_, b.x, b.scratch);
+    if (x) load_source(x, unit, b);
     if (dx) std::fill_n(b.dx.data(), height * W * L_, acc_t{});
     auto phase = inputs_.begin();
     for (const Phase& p : outputs_) {
@@ -294,6 +321,8 @@ class Depthwise {
   int64_t taps_ = 0;
   Frame x_, g_;
   std::vector<Phase> outputs_, inputs_;
+  AlignedVector<acc_t>
+      normal_;  // scale and shift of every lane, for all groups of planes that differ
 };
 
 }  // namespace fastnas

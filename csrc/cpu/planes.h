@@ -44,6 +44,10 @@ struct PlaneKernels {
   void (*correlate[2])(const acc_t* g, int64_t g_row, const acc_t* x, int64_t x_row,
                        const int64_t* offsets, int64_t taps, acc_t* sums, int64_t rows, int64_t n);
 
+  // x = max(scale x + shift, 0) over rows x n pixels, a scale and a shift for each lane.
+  void (*normalise)(acc_t* x, int64_t x_row, int64_t rows, int64_t n, const acc_t* scale,
+                    const acc_t* shift);
+
   // dx = 0 where x (rectified) is 0, over rows x n pixels without a gap in dx.
   void (*mask)(acc_t* dx, const acc_t* x, int64_t x_row, int64_t rows, int64_t n);
 };

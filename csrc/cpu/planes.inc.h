@@ -78,6 +78,18 @@ void correlate(const A* g, int64_t g_row, const A* x, int64_t x_row, const int64
 }
 
 template <typename A>
+void normalise(A* x, int64_t x_row, int64_t rows, int64_t n, const A* scale, const A* shift) {
+  using Ln = Lane<A>;
+  using V = typename Ln::V;
+  const V a = Ln::load(scale), b = Ln::load(shift);
+  for (int64_t r = 0; r < rows; ++r, x += x_row)
+    for (int64_t i = 0; i < n * Ln::kLanes; i += Ln::kLanes) {
+      const V v = a * Ln::load(x + i) + b;
+      Ln::store(x + i, v <= V{} ? V{} : v);  // NaN stays
+    }
+}
+
+template <typename A>
 void mask(A* dx, const A* x, int64_t x_row, int64_t rows, int64_t n) {
   using Ln = Lane<A>;
   using V = typename Ln::V;
@@ -276,5 +288,6 @@ constexpr PlaneKernels<T> kPlaneKernels = {
     unpack<T>,
     {convolve<acc_type<T>, 1>, convolve<acc_type<T>, 2>},
     {correlate<acc_type<T>, 1>, correlate<acc_type<T>, 2>},
+    normalise<acc_type<T>>,
     mask<acc_type<T>>,
 };

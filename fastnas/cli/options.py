@@ -55,7 +55,10 @@ def begun_with(kind: type[R], run: RunDirectory) -> R:
     saved = RunDirectory.resume(run.path).config
     content = read_json(saved)
     fields = content if isinstance(content, dict) else {}
-    for field, other, what in (("space", SearchConfig, "search"), ("source", EvaluateConfig, "eval")):
+    for field, other, what in (
+        ("space", SearchConfig, "search"),
+        ("source", EvaluateConfig, "eval"),
+    ):
         if field in fields and kind is not other:
             raise ValueError(
                 f"{run.path} holds a run of fastnas {what}: "

@@ -17,7 +17,7 @@ Whatever else comes is called as it is and enters the sum as a plain tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from fastnas.nn.candidates import DilConv, FactorizedReduce, ReLUConvBN, SepConv, Zero
+from fastnas.nn.source import Layer, Recipe, make_recipe
 
 __all__ = [
     "FORMS",
     "Form",
     "Route",
     "Tail",
-    "bypasses_a_hook",
     "find_tail",
     "has_global_hook",
     "hook_tables",
@@ -50,8 +50,6 @@ FORMS: Mapping[type[nn.Module], Form] = {
     FactorizedReduce: "factorized_reduce",
 }
 
-Layer = Callable[[Tensor], Tensor]
-
 
 class Tail(NamedTuple):
     """A candidate cut in two: ``norm(layers[-1](... layers[0](x)))`` is what it returns."""
@@ -66,20 +64,34 @@ class Route(NamedTuple):
     """How a mixed op evaluates one candidate."""
 
     candidate: nn.Module
-    layers: tuple[Layer, ...]
+    recipe: Recipe
     norm: nn.BatchNorm2d | None
+    #: Modules that are not called, so that their hooks would not fire.
     bypassed: tuple[nn.Module, ...]
     #: The candidate is ``none``: it is not evaluated at all.
     zero: bool
 
-    def plain(self) -> Route:
-        """The route that calls the candidate as it is."""
-        return plain_route(self.candidate)
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Called one after the other, they give what enters the norm, or the candidate's output."""
+        return self.recipe.layers
+
+    def audible(self) -> Route:
+        """The nearest route on which every hook fires.
+
+        This is the one place that decides between the fused ways and the general way of a
+        candidate.
+        """
+        if _listens(self.bypassed):
+            return plain_route(self.candidate)
+        if _listens(self.recipe.bypassed):
+            return self._replace(recipe=Recipe(self.recipe.layers))
+        return self
 
 
 def plain_route(candidate: nn.Module) -> Route:
     """Call ``candidate``, add what it returns."""
-    return Route(candidate, (candidate,), None, (), False)
+    return Route(candidate, Recipe((candidate,)), None, (), False)
 
 
 def make_route(candidate: nn.Module, forms: Mapping[type[nn.Module], Form] = FORMS) -> Route:
@@ -90,11 +102,12 @@ def make_route(candidate: nn.Module, forms: Mapping[type[nn.Module], Form] = FOR
         forms: what is known of classes, by exact class: a subclass may compute something else.
     """
     if forms.get(type(candidate)) == "zero" and not _is_patched(candidate):
-        return Route(candidate, (candidate,), None, (candidate,), True)
+        return Route(candidate, Recipe((candidate,)), None, (candidate,), True)
     tail = find_tail(candidate, forms)
     if tail is None:
         return plain_route(candidate)
-    return Route(candidate, tail.layers, tail.norm, tail.bypassed, False)
+    recipe = make_recipe(tail.layers)
+    return Route(candidate, recipe, tail.norm, tail.bypassed, False)
 
 
 def find_tail(module: nn.Module, forms: Mapping[type[nn.Module], Form] = FORMS) -> Tail | None:
@@ -190,11 +203,6 @@ def has_global_hook() -> bool:
     return bool(_module._has_any_global_hook())
 
 
-def bypasses_a_hook(route: Route) -> bool:
-    """Whether taking ``route`` would leave out a hook that calling the candidate fires.
-
-    This is the one place that decides between the fused way and the general way of a candidate.
-    """
-    return bool(route.bypassed) and (
-        has_global_hook() or any(any(hook_tables(module)) for module in route.bypassed)
-    )
+def _listens(modules: Sequence[nn.Module]) -> bool:
+    """Whether a hook waits for the call of one of ``modules``."""
+    return len(modules) > 0 and (has_global_hook() or any(any(hook_tables(m)) for m in modules))

@@ -14,12 +14,12 @@ from fastnas.nn.batch_norm import (
     FORMS,
     Form,
     Route,
-    bypasses_a_hook,
     has_global_hook,
     hook_tables,
     make_route,
 )
 from fastnas.nn.candidates import DARTS_PRIMITIVES, build_candidate
+from fastnas.nn.source import evaluate_source
 from fastnas.ops._common import stack_weights
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ class Plan(NamedTuple):
         ]
 
     def current_routes(self) -> tuple[Route, ...]:
-        """The routes, with those that would leave out a hook replaced by the general one."""
+        """The routes, with those that would leave out a hook replaced by such as do not."""
         if any(self.hooks) or has_global_hook():
-            return tuple(r.plain() if bypasses_a_hook(r) else r for r in self.routes)
+            return tuple(route.audible() for route in self.routes)
         return self.routes
 
 
@@ -63,6 +63,7 @@ def make_plan(candidates: nn.ModuleList, forms: Mapping[type[nn.Module], Form]) 
     tables: list[Mapping[str, nn.Module | None]] = [candidates._modules]
     tables += (module._modules for module in bypassed if module._modules)
     children = [child for table in tables for child in table.values()]
+    bypassed += [module for route in routes for module in route.recipe.bypassed]
     hooks = tuple(table for module in bypassed for table in hook_tables(module))
     return Plan(candidates, routes, tuple(tables), children, hooks)
 
@@ -230,14 +231,9 @@ class MixedOp(nn.Module):
                 return [_zeros_like_output(routes, x)], [0.0], [None]
         if not used:  # nothing but `none`: one of them has to say the shape
             used = [0]
-        xs = []
-        for k in used:
-            h = x
-            for layer in routes[k].layers:
-                h = layer(h)
-            xs.append(h)
+        (xs,) = evaluate_source(x, [[routes[k].recipe for k in used]])
         if len(used) < len(routes):
-            weights = _select(weights, used)
+            weights = select_weights(weights, used)
         return xs, weights, [routes[k].norm for k in used]
 
     def _routes(self) -> tuple[Route, ...]:
@@ -266,7 +262,7 @@ class MixedOp(nn.Module):
         return "skip_zero=True" if self.skip_zero else ""
 
 
-def _select(weights: Weights, used: Sequence[int]) -> Weights:
+def select_weights(weights: Weights, used: Sequence[int]) -> Weights:
     """The weights at ``used`` (ascending); views where that is possible, and no index tensor."""
     if not isinstance(weights, Tensor):
         left_out = [w for k, w in enumerate(weights) if k not in used]

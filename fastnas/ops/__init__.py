@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused operations, differentiable; the reference where a device has no kernels."""
 
+from fastnas.ops.batch_norm_depthwise import batch_norm_depthwise
 from fastnas.ops.depthwise_group import depthwise_group
 from fastnas.ops.gate_gradient import gate_gradient
 from fastnas.ops.mixed_batch_norm import mixed_batch_norm
@@ -10,6 +11,7 @@ from fastnas.ops.sample_paths import Paths, sample_paths
 
 __all__ = [
     "Paths",
+    "batch_norm_depthwise",
     "depthwise_group",
     "gate_gradient",
     "mixed_batch_norm",

@@ -14,6 +14,7 @@ from fastnas.ops import reference
 from fastnas.ops._common import (
     MAX_CANDIDATES,
     autocast_dtype,
+    check_devices,
     differentiate,
     fake_like,
     memory_format,
@@ -59,7 +60,7 @@ def depthwise_group(
         >>> depthwise_group(x, [torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1)], [1, 1])
         [tensor([[[[2., 2.]]]]), tensor([[[[0., 2.]]]])]
     """
-    _check(x, weights, dilations, stride)
+    check_depthwise("depthwise_group", x, weights, dilations, stride)
     dtype = autocast_dtype(x)
     return list(
         DepthwiseGroup.apply(
@@ -68,8 +69,10 @@ def depthwise_group(
     )
 
 
-def _check(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], stride: int) -> None:
-    op = "depthwise_group"
+def check_depthwise(
+    op: str, x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], stride: int
+) -> None:
+    """Raise unless depthwise convolutions of ``x`` are what these arguments describe."""
     for name, values in (("weights", weights), ("dilations", dilations)):
         if isinstance(values, (Tensor, int)):
             raise TypeError(f"{op}: expected {name} to be a list, but got {type(values).__name__}")
@@ -177,6 +180,7 @@ class DepthwiseGroup(torch.autograd.Function):
 def _(
     x: Tensor, weights: list[Tensor], dilations: list[int], stride: int, relu: bool
 ) -> list[Tensor]:
+    check_devices("depthwise_group", x, *weights)
     n, c, *space = x.shape
     shape = (n, c, *((size + stride - 1) // stride for size in space))
     return [fake_like(x, x.dtype, shape) for _ in weights]
@@ -195,6 +199,7 @@ def _(
     need_x: bool,
     need_weights: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
+    check_devices("depthwise_group_backward", x, *grads, *weights)
     like = x if x.dim() == 4 else grads[0]
     dtype, shape = grads[0].dtype, (*grads[0].shape[:2], *size)
     dx = fake_like(like, dtype, shape) if need_x else grads[0].new_empty(0)

@@ -182,6 +182,46 @@ def depthwise_group(
     ]
 
 
+def batch_norm_depthwise(
+    x: Tensor,
+    kind: int,
+    eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """BatchNorm, ReLU and depthwise convolutions: the middle of DARTS' ``SepConv``.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        kind: ``BATCH`` or ``RUNNING``, whose statistics are used.
+        eps: of the norm, as ``gamma``, ``beta`` and the running statistics, which may be None.
+        gamma: ``(C,)`` as the others.
+        beta: see ``gamma``.
+        running_mean: see ``gamma``.
+        running_var: see ``gamma``.
+        weights: as in :func:`depthwise_group`, also what follows.
+        dilations: one for each weight.
+        stride: of all of them.
+
+    Returns:
+        The outputs of :func:`depthwise_group`, and the mean and biased variance that were used.
+    """
+    acc = accumulate_dtype(x.dtype)
+    if kind == BATCH:
+        mean, var = statistics(x)
+    else:
+        assert running_mean is not None and running_var is not None
+        mean, var = running_mean.to(acc, copy=True), running_var.to(acc, copy=True)
+    h = normalise(x.to(acc), mean, var, eps, gamma, beta)
+    ys = depthwise_group(h, weights, dilations, stride, True)
+    return [y.to(x.dtype) for y in ys], mean, var
+
+
 # --- path sampling
 
 _MASK = 0xFFFFFFFF

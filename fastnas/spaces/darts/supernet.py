@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.nn.candidates import DARTS_PRIMITIVES
+from fastnas.nn.cell import joins_edges, run_nodes
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.ops import mixed_sum
@@ -83,6 +84,9 @@ class Cell(nn.Module):
         """Map the outputs of the two cells before to ``(N, 4 C, H', W')``."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         ops = list(self._ops)
+        if joins_edges(ops):
+            states = run_nodes(states, ops, weights.ops, weights.edges)
+            return torch.cat(states[-self._multiplier :], dim=1)
         rows = weights.ops.unbind(0)
         start = 0
         for _ in range(self._steps):

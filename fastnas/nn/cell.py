@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nodes of a cell: one run of the candidates a source, one mixing call a node.
+
+Edge by edge, a node is ``sum_e b_e sum_k w_ek BatchNorm_ek(candidate_ek(x_e))``: two sums over the
+same kind of terms. Here they are one, over all candidates of all edges that enter the node; and
+what leaves a state for several nodes is computed together (``fastnas.nn.source``). PC-DARTS'
+channel shuffle commutes with the sum, so it happens once a node as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnas import ops
+from fastnas.nn.batch_norm import has_global_hook, hook_tables
+from fastnas.nn.mixed_op import MixedOp, select_weights
+from fastnas.nn.partial import PartialMixedOp
+from fastnas.nn.source import evaluate_source
+from fastnas.ops._common import MAX_CANDIDATES, memory_format
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+__all__ = ["joins_edges", "run_nodes"]
+
+
+class _Arrival(NamedTuple):
+    """What an edge brings to its node."""
+
+    xs: list[Tensor]
+    norms: list[Any]
+    #: Of the candidates that ``xs`` come from.
+    weights: Tensor
+    #: The channels that pass by, pooled where the edge halves the size; None without any.
+    rest: Tensor | None
+    #: What the edge alone would at least have returned.
+    dtype: torch.dtype
+
+
+def joins_edges(edges: Sequence[nn.Module], inputs: int = 2) -> TypeGuard[Sequence[MixedOp]]:
+    """Whether ``run_nodes`` computes what calling the edges and adding them up would.
+
+    It does not for mixed ops of another class, for those that leave out candidates by their
+    weights, where a node has more candidates than one call takes, and where somebody listens to
+    the calls of the edges themselves.
+    """
+    kinds = {_kind(edge) for edge in edges}
+    if len(kinds) != 1 or None in kinds or has_global_hook():
+        return False
+    widest = max(len(edge._ops) for edge in edges if isinstance(edge, MixedOp))
+    incoming = inputs + len(_starts(inputs, len(edges))) - 1
+    return widest * incoming <= MAX_CANDIDATES
+
+
+def _kind(edge: nn.Module) -> int | None:
+    """One in how many channels is mixed, in which edges must agree; None: it has to be called."""
+    if type(edge) not in (MixedOp, PartialMixedOp) or "forward" in vars(edge):
+        return None
+    assert isinstance(edge, MixedOp)
+    if edge.skip_zero or any(map(bool, hook_tables(edge))):
+        return None
+    if all(route.zero for route in edge._routes()):
+        return None
+    if not isinstance(edge, PartialMixedOp):
+        return 1
+    return edge.k if edge.k == 1 or edge._pool_is_fused() else None
+
+
+def run_nodes(
+    states: Sequence[Tensor],
+    edges: Sequence[MixedOp],
+    op_weights: Tensor,
+    edge_weights: Tensor | None = None,
+) -> list[Tensor]:
+    """Compute the nodes of a cell whose every node has an edge from every state before it.
+
+    Args:
+        states: the cell's inputs, ``(N, C, H, W)``.
+        edges: mixed ops that ``joins_edges``, node by node and within a node by source.
+        op_weights: ``[E, K]``, for each edge the weights of its candidates.
+        edge_weights: ``[E]``, the factor of each edge in its node's sum; None for ones.
+
+    Returns:
+        ``states`` and the nodes after them.
+    """
+    states, inputs = list(states), len(states)
+    starts = _starts(inputs, len(edges))
+    k = _kind(edges[0])
+    assert k is not None
+    factors = edge_weights
+    if factors is not None:
+        op_weights = op_weights * factors.unsqueeze(1)
+    elif k > 1:
+        factors = op_weights.new_ones(len(edges))
+    rows = op_weights.unbind(0)
+    arrivals: list[list[_Arrival]] = [[] for _ in starts]
+
+    def leave(source: int) -> None:
+        nodes = range(max(source - inputs + 1, 0), len(starts))
+        numbers = [starts[node] + source for node in nodes]
+        found = _leave(states[source], [edges[e] for e in numbers], [rows[e] for e in numbers], k)
+        for node, arrival in zip(nodes, found, strict=True):
+            arrivals[node].append(arrival)
+
+    for source in range(inputs):
+        leave(source)
+    for node, start in enumerate(starts):
+        # An arrival is dropped here, so that nothing of it outlives its use.
+        arrived, arrivals[node] = arrivals[node], []
+        mine = None if factors is None else factors[start : start + len(arrived)]
+        states.append(_mix(arrived, mine, k))
+        if node + 1 < len(starts):
+            leave(inputs + node)
+    return states
+
+
+def _starts(inputs: int, count: int) -> list[int]:
+    """The first edge of every node."""
+    starts = [0]
+    while starts[-1] + inputs + len(starts) - 1 < count:
+        starts.append(starts[-1] + inputs + len(starts) - 1)
+    return starts
+
+
+def _leave(
+    x: Tensor, edges: Sequence[MixedOp], rows: Sequence[Tensor], k: int
+) -> Iterator[_Arrival]:
+    """Run the candidates of all edges that leave ``x``."""
+    for edge, row in zip(edges, rows, strict=True):
+        edge._check(x, row)
+    mixed, rest = x, None
+    if k > 1:
+        # One split gives autograd one concatenation; slices would cost it a padded gradient each.
+        mixed, rest = x.split([x.shape[1] // k, x.shape[1] - x.shape[1] // k], 1)
+    used = [[r for r in enumerate(edge._routes()) if not r[1].zero] for edge in edges]
+    outputs = evaluate_source(mixed, [[route.recipe for _, route in routes] for routes in used])
+    bypass: dict[int, Tensor] = {}
+    for edge, row, routes, xs in zip(edges, rows, used, outputs, strict=True):
+        height = xs[0].shape[2]
+        if rest is not None and height not in bypass:
+            bypass[height] = (
+                # Once for all nodes, each of which would have to copy the slice.
+                rest.contiguous(memory_format=memory_format(x))
+                if height == x.shape[2]
+                else F.max_pool2d(rest, 2, 2)
+            )
+        everything = len(routes) == len(edge._ops)
+        weights = row if everything else select_weights(row, [i for i, _ in routes])
+        assert isinstance(weights, Tensor)
+        norms = [route.norm for _, route in routes]
+        # `none` would have returned x's dtype, under autocast wider than a convolution's.
+        yield _Arrival(
+            xs, norms, weights, bypass.get(height), xs[0].dtype if everything else x.dtype
+        )
+
+
+def _mix(arrivals: Sequence[_Arrival], factors: Tensor | None, k: int) -> Tensor:
+    """The sum over all that arrives at a node."""
+    xs = [x for arrival in arrivals for x in arrival.xs]
+    norms = [norm for arrival in arrivals for norm in arrival.norms]
+    weights = torch.cat([arrival.weights for arrival in arrivals])
+    if k == 1:
+        y = ops.mixed_batch_norm(xs, weights, norms)
+    else:
+        assert factors is not None
+        rest = ops.mixed_sum([a.rest for a in arrivals if a.rest is not None], factors)
+        y = ops.partial_channel_mix(rest, xs, weights, k, norms)
+    return y.to(reduce(torch.promote_types, (a.dtype for a in arrivals), y.dtype))

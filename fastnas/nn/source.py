@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All candidates that read one state, run together: what they share is computed once.
+
+A state of a cell is read by every edge that leaves it, and by every candidate of each. The
+depthwise convolutions among them, with the ReLU in front, are one fused call, and pools that are
+set alike are one tensor. Everything else is called as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fastnas import ops
+from fastnas.ops._common import MAX_CANDIDATES
+
+__all__ = ["Recipe", "evaluate_source", "make_recipe"]
+
+Layer = Callable[[Tensor], Tensor]
+
+
+class Recipe(NamedTuple):
+    """How a candidate gets from a state to what enters its last BatchNorm."""
+
+    #: Called one after the other, they do it.
+    layers: tuple[Layer, ...]
+    #: The convolution of a leading ReLU and depthwise convolution, shared with others.
+    depthwise: nn.Conv2d | None = None
+    #: Candidates with equal keys return the same tensor.
+    key: Hashable = None
+    #: What follows the shared convolution, as few calls as possible.
+    after: tuple[Layer, ...] = ()
+    #: Modules that are then not called, so that their hooks would not fire.
+    bypassed: tuple[nn.Module, ...] = ()
+
+
+def make_recipe(layers: Sequence[Layer]) -> Recipe:
+    """Look for what a candidate shares with others that read the same state."""
+    layers = tuple(layers)
+    if len(layers) == 1 and (key := _pool_key(layers[0])) is not None:
+        return Recipe(layers, key=key, bypassed=_modules(layers))
+    if len(layers) < 2 or not (_is_relu(layers[0]) and _is_depthwise(layers[1])):
+        return Recipe(layers)
+    bypassed, after, rest = _modules(layers[:2]), [], layers[2:]
+    while rest:
+        if len(rest) >= 3 and _is_norm(rest[0]) and _is_relu(rest[1]) and _is_depthwise(rest[2]):
+            after.append(NormDepthwise(rest[0], rest[2]))  # type: ignore[arg-type]  # just checked
+            bypassed, rest = bypassed + _modules(rest[:3]), rest[3:]
+        else:
+            after.append(rest[0])  # type: ignore[arg-type]
+            rest = rest[1:]
+    return Recipe(layers, layers[1], None, tuple(after), bypassed)  # type: ignore[arg-type]
+
+
+def _modules(layers: Sequence[Layer]) -> tuple[nn.Module, ...]:
+    return tuple(layer for layer in layers if isinstance(layer, nn.Module))
+
+
+def evaluate_source(x: Tensor, edges: Sequence[Sequence[Recipe]]) -> list[list[Tensor]]:
+    """Run the candidates of all edges that leave one state.
+
+    Args:
+        x: the state, ``(N, C, H, W)``.
+        edges: for each edge the recipes of its candidates.
+
+    Returns:
+        For each edge what its candidates return, in their order; some may be the same tensor.
+    """
+    convolved = _convolve(x, edges) if _fuses_depthwise(x) else {}
+    shared: dict[Hashable, Tensor] = {}
+    results = []
+    for recipes in edges:
+        outputs = []
+        for recipe in recipes:
+            h, layers = x, recipe.layers
+            if id(recipe) in convolved:
+                h, layers = convolved[id(recipe)], recipe.after
+            elif recipe.key is not None:
+                if recipe.key not in shared:
+                    shared[recipe.key] = layers[0](x)
+                h, layers = shared[recipe.key], ()
+            for layer in layers:
+                h = layer(h)
+            outputs.append(h)
+        results.append(outputs)
+    return results
+
+
+def _fuses_depthwise(x: Tensor) -> bool:
+    """Where the fused convolutions were measured to be the faster ones."""
+    return x.device.type == "cpu"
+
+
+def _convolve(x: Tensor, edges: Sequence[Sequence[Recipe]]) -> dict[int, Tensor]:
+    """The leading depthwise convolutions of the recipes, by identity of the recipe."""
+    strides: dict[int, list[tuple[int, nn.Conv2d]]] = {}
+    for recipes in edges:
+        for recipe in recipes:
+            if (conv := recipe.depthwise) is not None:
+                strides.setdefault(conv.stride[0], []).append((id(recipe), conv))
+    outputs: dict[int, Tensor] = {}
+    for stride, group in strides.items():
+        for start in range(0, len(group), MAX_CANDIDATES):
+            part = group[start : start + MAX_CANDIDATES]
+            weights = [conv.weight for _, conv in part]
+            dilations = [conv.dilation[0] for _, conv in part]
+            ys = ops.depthwise_group(x, weights, dilations, stride)
+            outputs.update((key, y) for (key, _), y in zip(part, ys, strict=True))
+    return outputs
+
+
+class NormDepthwise:
+    """A BatchNorm, a ReLU and a depthwise convolution as one fused call."""
+
+    def __init__(self, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
+        """Take the modules; what they hold is read at every call."""
+        self.norm, self.conv = norm, conv
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, H, W)`` to what the convolution returns."""
+        conv = self.conv
+        (y,) = ops.batch_norm_depthwise(
+            x,
+            self.norm,  # type: ignore[arg-type]  # torch declares its Parameters as always there
+            [conv.weight],
+            [conv.dilation[0]],
+            conv.stride[0],
+        )
+        return y
+
+
+def _is_relu(layer: Layer) -> bool:
+    """A ReLU that leaves its input alone."""
+    return type(layer) is nn.ReLU and not layer.inplace and "forward" not in vars(layer)
+
+
+def _is_norm(layer: Layer) -> bool:
+    """A BatchNorm2d that computes what BatchNorm2d does."""
+    return type(layer) is nn.BatchNorm2d and "forward" not in vars(layer)
+
+
+def _is_depthwise(layer: Layer) -> bool:
+    """A depthwise convolution as DARTS' candidates have them: square, same size, no bias."""
+    if type(layer) is not nn.Conv2d or "forward" in vars(layer):
+        return False
+    (k, kw), (s, sw), (d, dw) = layer.kernel_size, layer.stride, layer.dilation
+    channels = {layer.in_channels, layer.out_channels, layer.groups}
+    return (
+        (k, s, d) == (kw, sw, dw)
+        and k in (1, 3, 5, 7)
+        and s in (1, 2)
+        and layer.padding == (d * (k // 2),) * 2
+        and layer.padding_mode == "zeros"
+        and layer.bias is None
+        and len(channels) == 1
+    )
+
+
+def _pool_key(layer: Layer) -> Hashable:
+    """What two pools have in common exactly if they compute the same; None for other layers."""
+    if "forward" in getattr(layer, "__dict__", {}):
+        return None
+    if type(layer) is nn.MaxPool2d and not layer.return_indices:
+        shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        return ("max", *shape, layer.ceil_mode)
+    if type(layer) is nn.AvgPool2d:
+        sizes = (layer.kernel_size, layer.stride, layer.padding)
+        return ("avg", *sizes, layer.ceil_mode, layer.count_include_pad, layer.divisor_override)
+    return None
