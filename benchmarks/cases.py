@@ -105,6 +105,8 @@ class Case:
     #: Whether it works on images, which have memory formats, and on the device alone, so that it
     #: can be compiled and recorded.
     images: bool = True
+    #: Whether torch.compile is among the stock forms.
+    compiled: bool = True
     #: Checks the output of an implementation, in place of the comparison with the reference.
     check: Callable[[str, Setting, Any], None] | None = None
     note: str = ""
@@ -123,7 +125,8 @@ class Case:
             return [Form(name, images=False) for name in (*stock, "fastnas")]
         runs = ("eager", "graph") if device.type == "cuda" else ("eager",)
         forms = [Form(name, last, run) for run in runs for name in stock for last in (False, True)]
-        forms.append(Form("torch loop", run="compiled"))
+        if self.compiled:
+            forms.append(Form("torch loop", run="compiled"))
         return forms + [Form("fastnas", last, run) for run in runs for last in (False, True)]
 
 

@@ -49,6 +49,7 @@ def simt():
         "gate_gradient",
         "sample_paths",
         "depthwise_group",
+        "batch_norm_depthwise",
     ],
 )
 def test_passes_the_tests_of_the_op(op, simt):
