@@ -87,7 +87,7 @@ def look(device: str) -> tuple[list[str], dict[str, Any]]:
 
 
 def version(name: str) -> str:
-    """Of a distribution, "" if there is none. (To look for the module pip disturbs setuptools.)"""
+    """Of a distribution, "" if there is none; to look for the module pip disturbs setuptools."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
