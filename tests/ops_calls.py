@@ -85,6 +85,24 @@ def gate_gradient(device, layout="contiguous", dtype=torch.float32, shape=SHAPE)
     return Call([*xs, probs, grad, v], run)
 
 
+def depthwise_group(device, layout="contiguous", dtype=torch.float32, shape=SHAPE, stride=1):
+    channels, dilations = shape[1], (1, 1, 2)
+    x = cases.make(shape, dtype, layout, device).requires_grad_()
+    weights = [
+        cases.make((channels, 1, k, k), dtype, device=device, seed=20 + i).requires_grad_()
+        for i, k in enumerate((3, 5, 3))
+    ]
+    out = (*shape[:2], *((size + stride - 1) // stride for size in shape[2:]))
+    grads = [cases.make(out, dtype, layout, device, seed=30 + i) for i in range(3)]
+
+    def run(inputs):
+        x, weights, grads = inputs[0], inputs[1:4], inputs[4:]
+        ys = ops.depthwise_group(x, weights, dilations, stride)
+        return [*ys, *torch.autograd.grad(ys, [x, *weights], grads)]
+
+    return Call([x, *weights, *grads], run)
+
+
 def sample_paths(device, two=True):
     logits = cases.make((9, 7), device=device).requires_grad_()
     counts = torch.tensor([7, 3, 1, 7, 2, 6, 5, 4, 7]).to(device)
@@ -117,5 +135,7 @@ CALLS = {
         device, pooled=True, **kw
     ),
     "gate_gradient": gate_gradient,
+    "depthwise_group": depthwise_group,
+    "depthwise_group, stride 2": lambda device, **kw: depthwise_group(device, stride=2, **kw),
     "sample_paths": lambda device, layout="", dtype=None, shape=SHAPE: sample_paths(device),
 }

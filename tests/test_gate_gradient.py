@@ -71,6 +71,13 @@ def test_mixed_dtypes(device, tolerances):
     assert_near(wide.float(), gate_gradient(grad_output, outputs, probs), tolerances)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.ids)
+def test_probabilities_in_half_precision(dtype, device, tolerances):
+    grad_output, outputs, probs = make_case(3, (2, 3, 5, 7), device=device)
+    probs = probs.detach().to(dtype).requires_grad_()
+    assert check_against_reference(grad_output, outputs, probs, tolerances).dtype == dtype
+
+
 def test_autocast_changes_nothing(device):
     grad_output, outputs, probs = make_case(3, (2, 3, 5, 7), device=device)
     expected = gate_gradient(grad_output, outputs, probs)

@@ -12,25 +12,20 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import bench_gate_gradient
-import bench_mixed_batch_norm
-import bench_mixed_sum
-import bench_partial_channel_mix
 import torch
-from cases import BOTH, FORWARD, Case, Setting, output
+from cases import BOTH, FORWARD, Call, Case, Setting
 from harness import Work, describe_machine, flusher, synchronize, timed
 from phase import write
+from torch import Tensor
 
-MODULES = (
-    bench_mixed_sum,
-    bench_mixed_batch_norm,
-    bench_partial_channel_mix,
-    bench_gate_gradient,
-)
+from fastnas import ops
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16)
 MOST, LEAST, SECONDS = 60, 10, 0.15
@@ -38,27 +33,39 @@ MOST, LEAST, SECONDS = 60, 10, 0.15
 Run = Callable[[], object]
 
 
+def cases() -> Iterator[Case]:
+    """Those of the ops on images; a whole module spends its time in PyTorch's convolutions."""
+    for file in sorted(BENCHMARKS.glob("bench_*.py")):
+        for case in import_module(file.stem).CASES:
+            if case.images and case.work is not None and hasattr(ops, case.op):
+                yield case
+
+
 def rows(device: torch.device, keep: Callable[[dict[str, Any]], None], bandwidth: float) -> None:
     """Measure every row and hand it to ``keep``."""
-    for module in MODULES:
-        for case in module.CASES:
-            for dtype in DTYPES:
-                for layout, memory_format in FORMATS.items():
-                    shape = case.shape if device.type == "cuda" else reduced(case.shape)
-                    setting = Setting(shape, dtype, device, memory_format)
-                    for direction, seconds, moved in measure(case, setting):
-                        keep(
-                            {
-                                "op": case.op,
-                                "size": case.size,
-                                "dtype": str(dtype).removeprefix("torch."),
-                                "format": layout,
-                                "direction": direction,
-                                "seconds": seconds,
-                                "bytes": moved,
-                                "share": moved / seconds / bandwidth,
-                            }
-                        )
+    for case in cases():
+        for dtype in DTYPES:
+            for layout, memory_format in FORMATS.items():
+                shape = case.shape if device.type == "cuda" else reduced(case.shape)
+                setting = Setting(shape, dtype, device, memory_format)
+                for direction, seconds, moved in measure(case, setting):
+                    keep(
+                        {
+                            "op": case.op,
+                            "size": case.size,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "format": layout,
+                            "direction": direction,
+                            "seconds": seconds,
+                            "bytes": moved,
+                            "share": moved / seconds / bandwidth,
+                        }
+                    )
+
+
+def results(call: Call) -> list[Tensor]:
+    y = call.function(*call.args)
+    return [y] if isinstance(y, Tensor) else list(y)
 
 
 def reduced(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -73,14 +80,14 @@ def measure(case: Case, setting: Setting) -> list[tuple[str, float, int]]:
     torch.manual_seed(0)
     call = case.build("fastnas", setting)
     directions: dict[str, tuple[Callable[[], Run], int]] = {
-        "forward": (lambda: lambda: output(call), work[FORWARD].bytes)
+        "forward": (lambda: lambda: results(call), work[FORWARD].bytes)
     }
     if BOTH in work:
 
         def backward() -> Run:
-            y = output(call)
-            grad = torch.randn_like(y)
-            return lambda: torch.autograd.grad(y, call.wrt, grad, retain_graph=True)
+            ys = results(call)
+            grads = [torch.randn_like(y) for y in ys]
+            return lambda: torch.autograd.grad(ys, call.wrt, grads, retain_graph=True)
 
         directions["backward"] = (backward, work[BOTH].bytes - work[FORWARD].bytes)
     device = setting.device

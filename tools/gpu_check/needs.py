@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import re
 import runpy
@@ -22,7 +23,7 @@ from phase import write
 
 ROOT = Path(__file__).resolve().parents[2]
 
-REQUIRED = ("numpy", "pytest", "setuptools")
+REQUIRED = ("numpy", "pip", "pytest", "setuptools")
 #: module: what is left out, or how it goes without it.
 OPTIONAL = {
     "ninja": "the build compiles one file after the other",
@@ -51,15 +52,17 @@ def main() -> int:
 
 def look(device: str) -> tuple[list[str], dict[str, Any]]:
     """Sentences on what is missing, and facts on what is here."""
-    missing = [f"{n} is not installed: pip install {n}" for n in REQUIRED if find_spec(n) is None]
+    missing = [f"{n} is not installed: pip install {n}" for n in REQUIRED if not version(n)]
     machine: dict[str, Any] = {"python": platform.python_version()}
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        missing.append("there is no C++ compiler (g++, or what CXX names)")
     if find_spec("torch") is None:
         return [*missing, "torch is not installed: pip install torch"], machine
     import torch
 
     machine |= {"torch": torch.__version__, "cuda": torch.version.cuda}
-    if "setuptools" not in " ".join(missing):
-        if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
+    if setuptools := version("setuptools"):
+        if int(setuptools.split(".")[0]) < 77:
             missing.append("setuptools is older than 77: pip install -U setuptools")
         setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
         if device == "cuda":
@@ -69,9 +72,8 @@ def look(device: str) -> tuple[list[str], dict[str, Any]]:
     if device != "cuda":
         return missing, machine
     if not torch.cuda.is_available():
-        return [*missing, "PyTorch finds no CUDA device (nvidia-smi shows those of the driver)"], (
-            machine
-        )
+        missing.append("PyTorch finds no CUDA device (nvidia-smi shows those of the driver)")
+        return missing, machine
     free, total = torch.cuda.mem_get_info()
     machine |= {
         "gpu": torch.cuda.get_device_name(),
@@ -82,6 +84,14 @@ def look(device: str) -> tuple[list[str], dict[str, Any]]:
         "driver": driver(),
     }
     return missing, machine
+
+
+def version(name: str) -> str:
+    """Of a distribution, "" if there is none; to look for the module pip disturbs setuptools."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def nvcc_release(nvcc: str | None) -> str:
