@@ -205,17 +205,17 @@ class Prepared:
                 return call.function(*call.args)
 
         else:
-            grad = torch.randn_like(output(call))
+            grads = [torch.randn_like(y) for y in outputs(call)]
 
             def run() -> object:
-                return torch.autograd.grad(output(call), call.wrt, grad)
+                return torch.autograd.grad(outputs(call), call.wrt, grads)
 
         return graphed(run) if form.run == "graph" else run
 
     def saved_bytes(self, form: Form) -> int:
         """Of an eager form: the others do not keep their tensors where that could be seen."""
         call = self.call(form)
-        return saved_bytes(lambda: output(call), call.parameters)
+        return saved_bytes(lambda: outputs(call), call.parameters)
 
     def _build(self, implementation: str, memory_format: torch.memory_format) -> Call:
         torch.manual_seed(0)
@@ -231,7 +231,8 @@ class Prepared:
             if self._expected is None:
                 self._expected = results(self._build("reference", torch.contiguous_format))
             actual = results(call)
-        names = ["output", *(f"gradient {i}" for i in range(len(call.wrt)))]
+        names = [f"output {i}" for i in range(len(actual) - len(call.wrt))]
+        names += [f"gradient {i}" for i in range(len(call.wrt))]
         for name, a, b in zip(names, actual, self._expected, strict=True):
             error = relative_error(a, b)
             if not error <= TOLERANCES[self.dtype]:
@@ -251,20 +252,20 @@ def whole_floats() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def output(call: Call) -> Tensor:
-    """The differentiable result: the result, or the last of several."""
+def outputs(call: Call) -> list[Tensor]:
+    """The differentiable results: all of a list, or the last of another tuple, or the only one."""
     y = call.function(*call.args)
-    return y if isinstance(y, Tensor) else y[-1]
+    return y if isinstance(y, list) else [y if isinstance(y, Tensor) else y[-1]]
 
 
 def results(call: Call) -> list[Tensor]:
-    """Output and gradients, for an output gradient that is the same for all forms."""
-    y = output(call)
+    """Outputs and gradients, for output gradients that are the same for all forms."""
+    ys = outputs(call)
     if not call.wrt:
-        return [y]
+        return ys
     torch.manual_seed(1)
-    grad = torch.randn(y.shape).to(y)
-    return [y.detach(), *torch.autograd.grad(y, call.wrt, grad)]
+    grads = [torch.randn(y.shape).to(y) for y in ys]
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, call.wrt, grads)]
 
 
 def graphed(run: Callable[[], object]) -> Callable[[], object]:

@@ -192,11 +192,11 @@ def interleave(
     return result
 
 
-def saved_bytes(forward: Callable[[], Tensor], exclude: tuple[Tensor, ...] = ()) -> int:
+def saved_bytes(forward: Callable[[], list[Tensor]], exclude: tuple[Tensor, ...] = ()) -> int:
     """Bytes kept for the backward by one forward: storages, each counted once and whole.
 
     Args:
-        forward: computes an output that requires a gradient.
+        forward: computes outputs that require a gradient.
         exclude: tensors that exist anyway (parameters); their storages do not count.
     """
     anyway = {t.untyped_storage().data_ptr() for t in exclude}
@@ -206,12 +206,12 @@ def saved_bytes(forward: Callable[[], Tensor], exclude: tuple[Tensor, ...] = ())
         storage = t.untyped_storage()
         if storage.data_ptr() not in anyway:
             storages[storage.data_ptr()] = storage.nbytes()
-        return t  # held by the graph: no address is used twice while y lives
+        return t  # held by the graph: no address is used twice while ys live
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = forward()
-    if not y.requires_grad:
-        raise ValueError("saved_bytes: the output of forward does not require a gradient")
+        ys = forward()
+    if not all(y.requires_grad for y in ys):
+        raise ValueError("saved_bytes: an output of forward does not require a gradient")
     return sum(storages.values())
 
 
