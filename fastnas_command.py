@@ -27,6 +27,8 @@ def main() -> int:
         signal.signal(signal.SIGINT, before)
     try:
         return run()
+    except KeyboardInterrupt:  # a second one, while the first was told
+        return 128 + signal.SIGINT
     finally:
         # Nothing is left to interrupt; Python would only complain about it while it ends.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

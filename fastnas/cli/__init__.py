@@ -10,7 +10,8 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 
 __all__ = ["main"]
@@ -77,10 +78,28 @@ def _run(words: list[str]) -> int:
         known = ", ".join(modules)
         _say_error(f"fastnas: expected a command ({known}), but got {words[0]!r}")
         return _EXIT_USAGE
+    with _interrupt_afterwards():
+        command = import_module(modules[words[0]])
     try:
-        return import_module(modules[words[0]]).main(words[1:])
+        return command.main(words[1:])
     except SystemExit as end:  # of the option parser, which has said what it had to say
         return end.code if isinstance(end.code, int) else _EXIT_USAGE
+
+
+@contextlib.contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """Hold a Ctrl-C back: modules in C that are being imported can swallow a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _prepare_streams() -> None:

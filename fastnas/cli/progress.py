@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fastnas import evaluate, search
 from fastnas.cli.terminal import console, genotype_table
-from fastnas.search.progress import StepReport
+from fastnas.search.progress import StepReport, clock
 
 if TYPE_CHECKING:
     from fastnas.evaluate import Evaluation, EvaluationResult
@@ -49,11 +49,11 @@ class _Bar:
             BarColumn(bar_width=20),
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[left]}", style="cyan"),
-            # Last: this is what a narrow terminal cuts off.
-            TextColumn("{task.fields[numbers]}"),
             console=target,
         )
-        self._task = self._bar.add_task("starting", total=None, left="", numbers="")
+        self._task = self._bar.add_task("starting", total=None, left="")
+        # On a line of their own, so that a narrow terminal cuts off the last of them only.
+        self._numbers = Text(no_wrap=True, overflow="ellipsis")
         self._below: RenderableType | None = None
         self._display = Live(console=target, transient=True, refresh_per_second=5)
 
@@ -72,18 +72,18 @@ class _Bar:
         testing = report.phase == "validation"
         done = report.epoch if testing else report.epoch - 1 + report.step / report.steps
         numbers = f"testing {report.step}/{report.steps}  " if testing else ""
+        self._numbers.plain = numbers + _numbers(report)
         self._bar.update(
             self._task,
             description=f"epoch {report.epoch}/{report.epochs}",
             completed=done,
             total=report.epochs,
-            left="" if report.seconds_left is None else f"{_clock(report.seconds_left)} left",
-            numbers=numbers + _numbers(report),
+            left="" if report.seconds_left is None else f"{clock(report.seconds_left)} left",
         )
         self._show()
 
     def _show(self) -> None:
-        parts: list[RenderableType] = [self._bar.get_renderable()]
+        parts: list[RenderableType] = [self._bar.get_renderable(), self._numbers]
         if self._below is not None:
             parts.append(self._below)
         self._display.update(Group(*parts))
@@ -229,12 +229,6 @@ def _numbers(report: StepReport) -> str:
     if report.arch_loss is not None:
         parts.append(f"arch loss {report.arch_loss:.3f}")
     return "  ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _after_search(result: SearchResult) -> list[str]:

@@ -29,10 +29,10 @@ def genotype_table(genotype: Any) -> Table:
     Sources are the papers' states: 0 and 1 are the two cells before, 2 and up the nodes.
     """
     table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
-    table.add_column("node", justify="right")
+    table.add_column("node", justify="right", no_wrap=True)
     columns = (("normal cell", genotype.normal), ("reduction cell", genotype.reduce))
     for title, _ in columns:
-        table.add_column(title, no_wrap=True)
+        table.add_column(title, overflow="fold")  # on a narrow terminal in two lines, not cut off
     for node in range(max(len(pairs) // 2 for _, pairs in columns)):
         cells = [_node(pairs[2 * node : 2 * node + 2]) for _, pairs in columns]
         table.add_row(str(node + 2), *cells)

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 UNSIGNED_BYTE = 0x08
 GZIP_MAGIC = b"\x1f\x8b"
 
-#: Largest payload a header may announce, in bytes; sets of the family are far smaller.
-MAX_BYTES = 6 << 30
+#: Largest payload a header may announce, in bytes. The largest set of the family takes two thirds
+#: of it, and a small file must not be able to fill the memory: gzip packs zeros 1000 to 1.
+MAX_BYTES = 1 << 30
 
 #: Bytes decompressed at a time, so that a header that lies never makes us reserve what it claims.
 CHUNK = 1 << 20

@@ -59,6 +59,11 @@ class ImageData:
                 f"{self.name}: training images are {list(self.train_images.shape[1:])}, "
                 f"test images {list(self.test_images.shape[1:])}; expected the same"
             )
+        if not all(deviation > 0 for deviation in self.std):
+            raise ValueError(
+                f"{self.name}: expected a standard deviation above 0 in each channel, got "
+                f"{self.std} (are all pixels the same?)"
+            )
 
     @property
     def channels(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 #: Workers of a loader where nothing else is asked for, if there are as many processors.
 MAX_WORKERS = 8
+
+
+#: Seconds a worker lives on after SIGTERM.
+GRACE = 15
 
 
 class Croppable(Dataset[Any], ABC):
@@ -172,10 +177,19 @@ class StreamedBatches(EpochBatches):
             batch_sampler=_Keys(order, seeds, self.batch_size, range(start, len(self))),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=outlive_signals,
             # Its own generator, or every epoch would take a number from the global one.
             generator=torch.Generator(),
         )
-        for images, labels in loader:
+        batches = iter(loader)
+        for _ in range(start, len(self)):
+            try:
+                images, labels = next(batches)
+            except (ValueError, OSError) as error:
+                sentence = without_traceback(error)
+                if sentence is None:
+                    raise
+                raise type(error)(sentence) from error
             yield (
                 images.to(self.device, non_blocking=True),
                 labels.to(self.device, non_blocking=True),
@@ -231,6 +245,28 @@ class _Keys:
         for number in self.batches:
             rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
             yield list(zip(self.order[rows].tolist(), self.seeds[rows].tolist(), strict=True))
+
+
+def outlive_signals(worker: int) -> None:
+    """In a worker, leave it to the main process what a signal to all processes of a run means.
+
+    The main process ends its step and saves its state, and needs the workers for that. SIGTERM
+    is also how it ends a worker that hangs, so that one is obeyed in the end.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+
+
+def without_traceback(error: Exception) -> str | None:
+    """What was said in a worker, without the traceback that DataLoader puts before it; else None.
+
+    A broken image among thousands is the user's to mend, and needs the name of the file alone.
+    """
+    text, before = str(error), f"\n{type(error).__name__}: "
+    if not text.startswith("Caught ") or before not in text:
+        return None
+    return text.rsplit(before, 1)[1].strip()
 
 
 @contextmanager

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from fastnas.search.progress import StepReport
+from fastnas.search.progress import Lines, StepReport
 
 if TYPE_CHECKING:
     from fastnas.evaluate.result import EvaluationResult
@@ -36,14 +35,19 @@ class Progress:
 
 
 class TextProgress(Progress):
-    """One line of text for the start, each epoch, and the end.
+    """One line of text for the start, each epoch, and the end, and one a minute in long epochs.
 
     Args:
         stream: where to write; standard output by default.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream
+        self._lines = Lines(stream)
+        self._write = self._lines.write
+
+    def step(self, report: StepReport) -> None:
+        """A line where the last one was a minute ago."""
+        self._lines.step(report)
 
     def start(self, evaluation: Evaluation) -> None:
         """Say what is trained."""
@@ -57,17 +61,18 @@ class TextProgress(Progress):
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Losses and accuracies."""
-        self._write(
-            f"epoch {record['epoch']}, loss {record['train_loss']:.4f}, "
-            f"accuracy {record['train_accuracy']:.1%}, test loss {record['test_loss']:.4f}, "
-            f"test accuracy {record['test_accuracy']:.1%}, lr {record['lr']:.4g}, "
-            f"{record['seconds']:.1f} s"
-        )
+        parts = [
+            f"epoch {record['epoch']}",
+            f"loss {record['train_loss']:.4f}",
+            f"accuracy {record['train_accuracy']:.1%}",
+            f"test loss {record['test_loss']:.4f}",
+            f"test accuracy {record['test_accuracy']:.1%}",
+            f"lr {record['lr']:.4g}",
+            f"{record['seconds']:.1f} s",
+        ]
+        self._write(", ".join([*parts, *self._lines.left()]))
 
     def end(self, result: EvaluationResult) -> None:
         """Accuracy, parameters and multiply-accumulates."""
         for name, value in result.summary():
             self._write(f"{name}: {value}")
-
-    def _write(self, line: str) -> None:
-        print(line, file=self._stream or sys.stdout, flush=True)

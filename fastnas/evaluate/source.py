@@ -99,7 +99,7 @@ def _from_file(path: Path) -> tuple[Any, str]:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
         raise ValueError(f"{path}: expected a genotype, but the file has over {_MAX_BYTES} bytes")
-    text = content.decode("utf-8", errors="replace")
+    text = content.decode("utf-8-sig", errors="replace")
     try:
         if text.lstrip().startswith("{"):
             return _from_json(text)

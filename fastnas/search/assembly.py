@@ -61,6 +61,8 @@ def split_images(data: Data, config: SearchConfig) -> tuple[Tensor, Tensor]:
         ValueError: a part is empty, or lacks a class that the training images have.
     """
     n = data.num_train
+    if n < 2:
+        raise ValueError(f"{data.name}: expected at least two training images to share, got {n}")
     shares = {"weight_share": config.weight_share, "arch_share": config.arch_share}
     # The small number undoes the rounding of, say, 0.29 * 100.
     first, second = (int(n * share + 1e-6) for share in shares.values())

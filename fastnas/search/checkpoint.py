@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.random  # noqa: F401  # now, since numpy loads it at first use: a Ctrl-C then gets lost
 import torch
 
 from fastnas.search.files import write_atomic

@@ -26,6 +26,19 @@ GENOTYPE = "genotype.json"
 _MAX_JSON_BYTES = 64 * 2**20
 
 
+# Folders that are open for their lock. Processes that read images would hold it too, for seconds
+# after a kill of their parent.
+_LOCKS: set[int] = set()
+
+
+def _let_go() -> None:
+    while _LOCKS:
+        os.close(_LOCKS.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
     """Write a file so that it is replaced whole or not at all.
 
@@ -249,10 +262,13 @@ class RunDirectory:
             ) from None
         except OSError:
             pass  # a file system without locks, where nothing can be known
+        _LOCKS.add(folder)
         try:
             yield
         finally:
-            os.close(folder)
+            if folder in _LOCKS:  # not so in a forked process
+                _LOCKS.remove(folder)
+                os.close(folder)
 
     def stamp(self) -> tuple[int, int] | None:
         """What changes when another checkpoint is written; None without one."""

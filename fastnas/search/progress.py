@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -61,15 +62,63 @@ class Progress:
         """The search stops early, through a signal or an error, which is raised afterwards."""
 
 
+class Lines:
+    """Lines of text on a stream: also for those who read a log, with the time that is left.
+
+    Args:
+        stream: where to write; standard output by default.
+        every: seconds without a line after which a report of steps makes one.
+    """
+
+    def __init__(self, stream: TextIO | None = None, every: float = 60.0) -> None:
+        self._stream = stream
+        self._every = every
+        self._last = time.monotonic()
+        self._left: float | None = None
+
+    def step(self, report: StepReport) -> None:
+        """A line now and then, where epochs are long."""
+        self._left = report.seconds_left
+        if time.monotonic() - self._last < self._every:
+            return
+        parts = [f"epoch {report.epoch}/{report.epochs}", f"step {report.step}/{report.steps}"]
+        if report.phase == "validation":
+            parts[1] = f"test {parts[1]}"
+        if report.loss is not None and report.accuracy is not None:
+            parts += [f"loss {report.loss:.4f}", f"accuracy {report.accuracy:.1%}"]
+        self.write(", ".join([*parts, *self.left()]))
+
+    def left(self) -> list[str]:
+        """The time that is left as the last report had it, if it had one."""
+        return [f"{clock(self._left)} left"] if self._left else []
+
+    def write(self, line: str) -> None:
+        """Write one line at once."""
+        self._last = time.monotonic()
+        print(line, file=self._stream or sys.stdout, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """A duration as minutes and seconds, with hours where there are any: ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 class TextProgress(Progress):
-    """One line of text for the start, each epoch, and the end.
+    """One line of text for the start, each epoch, and the end, and one a minute in long epochs.
 
     Args:
         stream: where to write; standard output by default.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream
+        self._lines = Lines(stream)
+        self._write = self._lines.write
+
+    def step(self, report: StepReport) -> None:
+        """A line where the last one was a minute ago."""
+        self._lines.step(report)
 
     def start(self, search: Search) -> None:
         """Say what is searched."""
@@ -92,11 +141,8 @@ class TextProgress(Progress):
             parts.append(f"validation accuracy {record['val_accuracy']:.1%}")
         parts.append(f"lr {record['lr']:.4g}")
         parts.append(f"{record['seconds']:.1f} s")
-        self._write(", ".join(parts))
+        self._write(", ".join([*parts, *self._lines.left()]))
 
     def end(self, result: SearchResult) -> None:
         """The genotype."""
         self._write(str(result.genotype))
-
-    def _write(self, line: str) -> None:
-        print(line, file=self._stream or sys.stdout, flush=True)
