@@ -58,7 +58,12 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> batch_norm_depthwise
     const OptionalTensor& beta, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, at::TensorList weights, at::IntArrayRef dilations,
     int64_t stride) {
-  check_norm("batch_norm_depthwise", x, kind, gamma, beta);
+  const char* op = "batch_norm_depthwise";
+  check_norm(op, x, kind, gamma, beta);
+  TORCH_CHECK_VALUE(
+      kind == 1 || (running_mean && running_var && running_mean->numel() == x.size(1) &&
+                    running_var->numel() == x.size(1)),
+      op, ": expected running statistics of ", x.size(1), " values for a norm in evaluation");
   const c10::cuda::CUDAGuard guard(x.device());
   const auto [h, mean, var] =
       mixed_batch_norm({x}, one(x), {kind}, {eps}, {gamma.has_value()}, given(gamma), given(beta),
