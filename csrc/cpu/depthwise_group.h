@@ -19,6 +19,7 @@ constexpr int64_t kSlabPixels = 4096;  // of an output: what is packed at once
 constexpr int64_t kStagePixels = 128;  // on their way to memory
 constexpr int64_t kSumPixels = 1024;   // that a sum runs over before it is folded in double
 constexpr int64_t kSumTasks = 128;     // at most, each with sums of its own
+constexpr int64_t kSums = 1 << 21;     // of all tasks, unless that left too few of them
 
 // Packed rows of one group of planes inside a border of zeros.
 struct Frame {
@@ -273,7 +274,8 @@ class Depthwise {
 
   // Neighbouring units, so that sums are not folded for every small image.
   int64_t units_per_task() const {
-    return std::max((units_ + kSumTasks - 1) / kSumTasks,
+    const int64_t most = std::clamp<int64_t>(kSums / (tables_ * taps_ * L_), 16, kSumTasks);
+    return std::max((units_ + most - 1) / most,
                     std::max<int64_t>(kSumPixels / (slab_ * group_.ow), 1));
   }
 
