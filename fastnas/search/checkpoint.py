@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.random  # noqa: F401  # now, since numpy loads it at first use: a Ctrl-C then gets lost
+import numpy.random  # now, since numpy loads it at first use: a Ctrl-C then gets lost
 import torch
 
 from fastnas.search.files import write_atomic
@@ -67,7 +67,7 @@ def load_checkpoint(
     # Opened here, so that a file that may not be read is told from one that makes no sense.
     with open(source, "rb") as file:
         try:
-            # torch.load looks at no checksum: numbers that a disk has spoilt would pass for weights.
+            # torch.load looks at no checksum: what a disk has spoilt would pass for weights.
             with zipfile.ZipFile(file) as archive:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(damaged)
