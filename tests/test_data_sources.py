@@ -207,7 +207,8 @@ HEADER = bytes((0, 0, 8, 1)) + struct.pack(">I", 3)
         (HEADER + b"ab", r"announces 3 bytes, found only 2"),
         (HEADER + b"abcd", r"announces 3 bytes, found more"),
         (HEADER[:4] + bytes(4), r"header announces sizes \(0,\), expected 1 to"),
-        (HEADER[:4] + b"\xff" * 4 + b"abc", r"announces 4294967295 bytes, found only 3"),
+        (HEADER[:4] + b"\x3f" + b"\xff" * 3 + b"abc", r"announces 1073741823 bytes, found only 3"),
+        (HEADER[:4] + b"\xff" * 4 + b"abc", r"expected 1 to 1073741824 bytes in all"),
     ],
 )
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])

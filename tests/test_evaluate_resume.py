@@ -199,7 +199,7 @@ def test_damaged_checkpoint(tmp_path):
         run(out, Signal(1))
     whole_file = (out / "checkpoint.pt").read_bytes()
     (out / "checkpoint.pt").write_bytes(whole_file[: len(whole_file) // 2])
-    with pytest.raises(CheckpointError, match="truncated or something else"):
+    with pytest.raises(CheckpointError, match="truncated, damaged or something else"):
         evaluation(out, resume=True)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from fastnas.data import Augment
 from fastnas.methods import METHODS, DartsOptions, PCDartsOptions
-from fastnas.search import PRESETS, SearchConfig, preset_config
+from fastnas.search import PRESETS, Progress, Search, SearchConfig, preset_config
 
 
 def test_cifar10_of_darts() -> None:
@@ -117,6 +118,12 @@ def test_json_from_elsewhere(fields: object, message: str) -> None:
         ({"C": 0}, "C: expected at least 1, but got 0"),
         ({"lr": float("nan")}, "lr: expected at least 0, but got nan"),
         ({"seed": -1}, "seed: expected at least 0, but got -1"),
+        ({"seed": 2**63}, "seed: expected at least 0 and below 9223372036854775808, but got 9223"),
+        ({"lr": float("inf")}, "lr: expected at least 0 and below inf, but got inf"),
+        ({"grad_clip": float("-inf")}, "grad_clip: expected at least 0, but got -inf"),
+        ({"epochs": 10**40}, "epochs: expected at least 1 and below 2147483648, but got 1000"),
+        ({"image_size": 0}, "image_size: expected at least 1, but got 0"),
+        ({"image_size": 10**30}, "image_size: expected at least 1 and below 2147483648"),
         ({"weight_share": 1.0}, "weight_share: expected more than 0 and less than 1"),
         ({"weight_share": 0.9}, "expected a sum of at most 1, but got 0.9 and 0.16"),
         ({"arch_betas": (0.5, 1.0)}, r"arch_betas: expected 0 <= beta < 1"),
@@ -144,7 +151,28 @@ def test_unknown_preset_and_field() -> None:
 def test_device() -> None:
     assert preset_config(device="cpu").torch_device() == torch.device("cpu")
     assert preset_config().torch_device().type in ("cpu", "cuda")
-    with pytest.raises(ValueError, match="expected cpu, cuda or auto, but got 'gpu'"):
-        preset_config(device="gpu").torch_device()
-    with pytest.raises(ValueError, match="PyTorch sees"):
-        preset_config(device="cuda:99").torch_device()
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "0", "cpu:1", "cuda:-1", "cuda:99", "xpu:9", "meta"])
+def test_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(ValueError, match=f"device: expected auto or cpu.* but got '{name}'"):
+        preset_config(device=name).torch_device()
+
+
+def test_devices_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a machine with an accelerator that PyTorch calls ``xpu``, three of them, would take."""
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu")
+    )
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 3)
+    for name in ("cpu", "xpu", "xpu:2"):
+        assert str(preset_config(device=name).torch_device()) == name
+    with pytest.raises(ValueError, match=r"expected auto or cpu or xpu:0 to xpu:2 .* got 'xpu:3'"):
+        preset_config(device="xpu:3").torch_device()
+
+
+def test_more_threads_than_cores() -> None:
+    """They make each other wait, with hundreds of them for ever."""
+    cores = os.cpu_count()
+    with pytest.raises(ValueError, match=f"threads: expected at most {cores}, .* got {cores + 1}"):
+        Search(preset_config(threads=cores + 1, out=None), progress=Progress())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search loop: what it trains on what, what it writes, and how it stops."""
+"""The search loop: what it trains, what it writes, and what may be resumed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,17 @@ import pytest
 import torch
 from search_tiny import CLASSES, config, images, registered
 
-from fastnas.data import Augment, ImageData
+from fastnas.data import Augment
 from fastnas.methods import METHODS, DartsOptions, PCDarts
 from fastnas.search import (
     CheckpointError,
-    NonFiniteLossError,
     Progress,
-    RunInterrupted,
     Search,
     SearchConfig,
     TextProgress,
     learning_rate,
     load_checkpoint,
 )
-from fastnas.search.assembly import split_images
 from fastnas.search.files import read_json, read_jsonl
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.runtime import runtime
@@ -57,51 +54,7 @@ def run(settings: SearchConfig, **kwargs: object) -> Search:
     return search
 
 
-# --- what is trained on what -----------------------------------------------------------------
-
-
-def test_halves_are_the_first_and_the_last_images() -> None:
-    first, second = split_images(images(96), config())
-    assert torch.equal(first, torch.arange(48))
-    assert torch.equal(second, torch.arange(48, 96))
-    first, second = split_images(images(96), config(weight_share=0.25, arch_share=0.125))
-    assert torch.equal(first, torch.arange(24))
-    assert torch.equal(second, torch.arange(84, 96))
-
-
-def test_random_parts_do_not_overlap() -> None:
-    parts = [split_images(images(96), config(split="random", seed=s)) for s in (1, 1, 2)]
-    (a, b), again, other = parts
-    assert len({*a.tolist(), *b.tolist()}) == 96
-    assert torch.equal(a, again[0])
-    assert not torch.equal(a, other[0])
-
-
-def sorted_images() -> ImageData:
-    data = images(96)
-    order = data.train_labels.argsort(stable=True)
-    return replace(
-        data, train_images=data.train_images[order], train_labels=data.train_labels[order]
-    )
-
-
-def test_images_sorted_by_class_are_noticed() -> None:
-    with pytest.raises(ValueError, match=r"for the weights have none of class 2; .* 'random'"):
-        split_images(sorted_images(), config())
-    split_images(sorted_images(), config(split="random"))
-    with pytest.raises(ValueError, match="leave a part empty"):
-        split_images(images(96), config(weight_share=0.001))
-
-
-def test_batches_come_from_their_halves() -> None:
-    search = Search(config(), data=images(), progress=QUIET)
-    weights, architecture = search.halves.weights, search.halves.architecture.batches
-    assert torch.equal(weights.indices.sort().values, torch.arange(48))
-    assert torch.equal(architecture.indices.sort().values, torch.arange(48, 96))
-    assert torch.equal(search.halves.validation.indices, torch.arange(48, 96))
-    assert weights.augment == architecture.augment == search.config.augment
-    assert not search.halves.validation.augment.flip
-    assert not search.halves.validation.shuffle
+# --- what is trained -------------------------------------------------------------------------
 
 
 def test_architecture_is_frozen_in_the_first_epochs() -> None:
@@ -335,131 +288,6 @@ def test_pace() -> None:
     assert only.seconds(1, 1) == 6
 
 
-# --- how it stops ----------------------------------------------------------------------------
-
-
-class Trouble(Progress):
-    """Does something at a given report."""
-
-    def __init__(self, at: tuple[str, int, int], action) -> None:
-        self.at, self.action = at, action
-
-    def step(self, report) -> None:
-        if (report.phase, report.epoch, report.step) == self.at:
-            self.action()
-
-
-def comparable(records: list[dict[str, object]]) -> list[dict[str, object]]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
-
-
-def equal_states(a: object, b: object, where: str = "") -> None:
-    """Compare two states bit for bit, apart from times and what names places."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            if key not in ("seconds", "config"):
-                equal_states(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            equal_states(x, y, f"{where}/{index}")
-    else:
-        assert a == b, where
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(
-    "at", [("train", 1, 2), ("train", 2, 1), ("train", 2, 3), ("validation", 2, 2)]
-)
-def test_a_signal_stops_between_iterations(
-    tmp_path: Path, at: tuple[str, int, int], number: signal.Signals
-) -> None:
-    whole = run(config("pc_darts", epochs=3, validate="every"))
-    settings = config("pc_darts", epochs=3, validate="every", out=str(tmp_path / "r"))
-    trouble = Trouble(at, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(RunInterrupted) as info:
-        Search(settings, data=images(), progress=trouble).run()
-    assert info.value.signal == number
-    epoch, step = at[1], 3 if at[0] == "validation" else at[2]
-    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-    assert str(info.value) == (
-        f"stopped by {name} in epoch {epoch}, step {step}; "
-        f"go on with: fastnas search --resume --out {tmp_path / 'r'}"
-    )
-    resumed = run(replace(settings, resume=True))
-    assert resumed.resumed
-    equal_states(whole.state_dict(), resumed.state_dict())
-    assert comparable(read_jsonl(tmp_path / "r" / "metrics.jsonl")) == comparable(whole.history)
-
-
-def test_a_second_signal_is_obeyed_at_once() -> None:
-    def twice() -> None:
-        # Not os.kill: two signals that another thread takes may be handled as one.
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    search = Search(config(), data=images(), progress=Trouble(("train", 1, 1), twice))
-    with pytest.raises(KeyboardInterrupt) as info:
-        search.run()
-    assert not isinstance(info.value, RunInterrupted)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_signal_between_epochs_stops_there(tmp_path: Path) -> None:
-    class AfterFirst(Progress):
-        def epoch(self, record, genotype) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    settings = config(out=str(tmp_path / "r"))
-    with pytest.raises(RunInterrupted, match="in epoch 2, step 0"):
-        Search(settings, data=images(), progress=AfterFirst()).run()
-    equal_states(run(config()).state_dict(), run(replace(settings, resume=True)).state_dict())
-
-
-def test_a_signal_after_the_last_iteration_is_not_lost(tmp_path: Path) -> None:
-    class AtTheEnd(Progress):
-        def end(self, result) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    search = Search(config(epochs=1, out=str(tmp_path / "r")), data=images(), progress=AtTheEnd())
-    with pytest.raises(KeyboardInterrupt) as info:
-        search.run()
-    assert not isinstance(info.value, RunInterrupted)
-    assert (tmp_path / "r" / "genotype.json").exists()
-
-
-def test_progress_hears_of_the_stop() -> None:
-    recorder = Recorder()
-    search = Search(config(lr=1e30, grad_clip=0.0), data=images(), progress=recorder)
-    with pytest.raises(NonFiniteLossError):
-        search.run()
-    assert recorder.events[-1] == "stop NonFiniteLossError"
-
-
-def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
-    settings = config(out=str(tmp_path), epochs=3, log_every=3, validate="never")
-    search: Search
-
-    class Poison(Progress):
-        def epoch(self, record, genotype) -> None:
-            if record["epoch"] == 1:
-                with torch.no_grad():
-                    next(search.supernet.parameters()).fill_(float("inf"))
-
-    search = Search(settings, data=images(), progress=Poison())
-    with pytest.raises(NonFiniteLossError) as info:
-        search.run()
-    assert "the loss of the weights became nan in epoch 2, step 1;" in str(info.value)
-    assert f"({tmp_path / 'checkpoint.pt'} is from before)" in str(info.value)
-    state = load_checkpoint(tmp_path / "checkpoint.pt", kind="search")
-    assert state["epoch"] == 1
-    assert all(v.isfinite().all() for v in state["supernet"].values())
-    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
-
-
 def test_meter_remembers_the_first_bad_loss() -> None:
     from fastnas.methods import Outcome
 
@@ -506,7 +334,7 @@ def test_resume_with_damaged_files(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.pt"
     content = checkpoint.read_bytes()
     checkpoint.write_bytes(content[:-20])
-    with pytest.raises(CheckpointError, match="truncated or something else"):
+    with pytest.raises(CheckpointError, match="truncated, damaged or something else"):
         Search(settings, data=images(), progress=QUIET)
     checkpoint.unlink()
     with pytest.raises(CheckpointError, match=r"is missing, but metrics\.jsonl says"):

@@ -55,14 +55,13 @@ def begun_with(kind: type[R], run: RunDirectory) -> R:
     saved = RunDirectory.resume(run.path).config
     content = read_json(saved)
     fields = content if isinstance(content, dict) else {}
-    for field, other, what in (
-        ("space", SearchConfig, "search"),
-        ("source", EvaluateConfig, "eval"),
-    ):
+    # A field that the runs of one command have alone.
+    telling = {"search": ("space", SearchConfig), "eval": ("source", EvaluateConfig)}
+    for command, (field, other) in telling.items():
         if field in fields and kind is not other:
             raise ValueError(
-                f"{run.path} holds a run of fastnas {what}: "
-                f"continue it with: fastnas {what} --resume --out {run.path}"
+                f"{run.path} holds a run of fastnas {command}: "
+                f"continue it with: fastnas {command} --resume --out {run.path}"
             )
     return dataclasses.replace(kind.from_dict(content, str(saved)), out=str(run.path))
 

@@ -27,7 +27,7 @@ from fastnas.search.checkpoint import RandomState, save_checkpoint
 from fastnas.search.files import write_json, write_text
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.resumable import Resumable, data_identity
-from fastnas.search.runtime import amp_dtype, memory_layout
+from fastnas.search.runtime import amp_dtype, check_threads, memory_layout
 from fastnas.search.schedule import learning_rate
 from fastnas.spaces import count_operations, count_parameters, get_space
 
@@ -73,6 +73,7 @@ class Evaluation(Resumable):
         progress: Progress | None = None,
     ) -> None:
         self.device = config.torch_device()
+        check_threads(config.threads)
         if genotype is None:
             self.source = find_genotype(config.source)
         elif isinstance(genotype, GenotypeSource):

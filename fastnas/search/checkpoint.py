@@ -67,7 +67,7 @@ def load_checkpoint(
     # Opened here, so that a file that may not be read is told from one that makes no sense.
     with open(source, "rb") as file:
         try:
-            # torch.load looks at no checksum: numbers that a disk spoilt would pass for weights.
+            # torch.load looks at no checksum: what a disk has spoilt would pass for weights.
             with zipfile.ZipFile(file) as archive:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(damaged)

@@ -79,10 +79,10 @@ class SearchConfig:
     """Share of the training images that the weights are trained on."""
     arch_share: float = 0.16
     """Share of the training images that the architecture is trained on."""
-    split: Literal["auto", "order", "random"] = "auto"
-    """Which images these are: order takes the first and the last ones, as DARTS does; random
-    shuffles them by the seed; auto is random for images that are streamed from a folder or Dataset
-    (a folder comes sorted by class), and order for those kept in memory."""
+    split: Literal["auto", "order", "random"] = "random"
+    """Which images these are: random shuffles them by the seed; order takes the first and the last
+    ones, as DARTS does with CIFAR-10; auto is random for images that are streamed from a folder or
+    Dataset (a folder comes sorted by class), and order for those kept in memory."""
     augment: Augment = field(default_factory=lambda: Augment(flip=True))
     """What is done to the images."""
     validate: Literal["every", "last", "never"] = "last"
@@ -191,6 +191,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 50,
         "weight_share": 0.5,
         "arch_share": 0.5,
+        "split": "auto",
         "augment": Augment.cifar(),
         "out": "runs/cifar10",
     },
@@ -211,7 +212,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "arch_warmup_epochs": 35,
         "weight_share": 0.1,
         "arch_share": 0.025,
-        "split": "random",
         "augment": Augment(resized_crop=0.08, flip=True),
         "validate": "last",
         "out": "runs/imagenet",

@@ -179,9 +179,9 @@ class RunDirectory:
         """
         run = cls(path)
         if run.holds_run:
+            how = "continue it with --resume, or " if run.config.exists() else ""
             raise FileExistsError(
-                f"{run.path} already holds a run: continue it with --resume, "
-                "or choose another folder with --out"
+                f"{run.path} already holds a run: {how}choose another folder with --out"
             )
         if run.path.exists() and not run.path.is_dir():
             raise FileExistsError(f"{run.path} is a file: choose another folder with --out")

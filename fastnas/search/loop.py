@@ -27,6 +27,7 @@ from fastnas.search.files import write_text
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.progress import Progress, StepReport, TextProgress
 from fastnas.search.resumable import Resumable, data_identity
+from fastnas.search.runtime import check_threads
 from fastnas.search.schedule import learning_rate
 from fastnas.spaces import get_space
 
@@ -78,6 +79,7 @@ class Search(Resumable):
     ) -> None:
         self.config = config
         self.device = config.torch_device()
+        check_threads(config.threads)
         self.progress = TextProgress() if progress is None else progress
         # Before anything that takes time: it checks the folder.
         super().__init__(config.to_dict(), config.out, config.resume)

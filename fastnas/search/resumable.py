@@ -145,7 +145,7 @@ class Resumable(abc.ABC):
             yield
 
     def _tell(self, event: Callable[..., None], *facts: Any) -> None:
-        """Tell the progress something; where nobody listens any more, the run saves and stops."""
+        """Tell the progress something; where nobody listens any more, the run is to stop."""
         try:
             event(*facts)
         except OSError as error:

@@ -47,6 +47,15 @@ def runtime(threads: int = 0, deterministic: bool = False) -> Iterator[None]:
             os.environ.pop(_CUBLAS, None)
 
 
+def check_threads(threads: int) -> None:
+    """Raise a ValueError for more threads than cores: they would wait for each other for ever."""
+    cores = os.cpu_count() or 1
+    if threads > cores:
+        raise ValueError(
+            f"threads: expected at most {cores}, the number of cores here, but got {threads}"
+        )
+
+
 def resolve_device(name: str) -> torch.device:
     """The device called ``name``; ``auto`` is CUDA where there is a device, else the CPU.
 
