@@ -149,7 +149,10 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename is not None else ""
         return f"{place}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if text.startswith("Expected more than 1 value per channel"):  # says BatchNorm of PyTorch
+        return f"batch_size: one image is too little for BatchNorm here, take more ({text})"
+    return text
 
 
 def _debugging() -> bool:

@@ -159,7 +159,8 @@ class RunDirectory:
         """
         if not os.fspath(path):
             raise ValueError("out: expected a folder, but got an empty name")
-        self.path = Path(path)
+        # A shell leaves the ~ of --out=~/run alone.
+        self.path = Path(os.path.expanduser(path))
         self.config = self.path / CONFIG
         self.metrics = self.path / METRICS
         self.checkpoint = self.path / CHECKPOINT
