@@ -219,8 +219,15 @@ class RunDirectory:
         return run
 
     @contextlib.contextmanager
-    def begun(self, config: Mapping[str, Any]) -> Iterator[None]:
-        """Begin a run, locked within the block; an error before a checkpoint undoes the beginning.
+    def begun(
+        self, config: Mapping[str, Any], undo: Callable[[Exception], bool] = lambda error: False
+    ) -> Iterator[None]:
+        """Begin a run, locked within the block.
+
+        Args:
+            config: content of its ``config.json``.
+            undo: whether an error that ends the block before there is a checkpoint leaves nothing
+                behind, so that another run may be begun here.
 
         Raises:
             FileExistsError: as :meth:`free`.
@@ -233,8 +240,8 @@ class RunDirectory:
                 self.create(self.path, config)
                 try:
                     yield
-                except Exception:
-                    if not self.checkpoint.exists():
+                except Exception as error:
+                    if undo(error) and not self.checkpoint.exists():
                         for file in (self.config, self.genotype):
                             file.unlink(missing_ok=True)
                     raise
