@@ -258,8 +258,14 @@ def test_printed_genotype_can_be_trained(folder, capsys):
     assert Path("runs/eval-genotype/result.json").is_file()
 
 
-def _terminal() -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+def _terminal(width: int = 100) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+
+
+def _frames(screen: Console) -> list[str]:
+    """What the live part of a terminal showed, one text a change."""
+    text = screen.file.getvalue()
+    return [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", part) for part in text.split("\x1b[2K")]
 
 
 def test_search_on_a_terminal():
@@ -272,6 +278,18 @@ def test_search_on_a_terminal():
     (op, source), *_ = result.genotype.normal
     assert f"{op}({source})" in text[text.index("The cells that were found") :]
     assert text.endswith("\x1b[?25h") or "\x1b[?25h" in text  # the cursor is back
+
+
+def test_search_on_a_narrow_terminal():
+    """Epoch, time left and losses are what a user waits for: they stay; the bar gets shorter."""
+    screen = _terminal(width=44)
+    result = Search(search_config(), data=images(), progress=search_progress(screen)).run()
+    lines = [line.rstrip() for frame in _frames(screen) for line in frame.splitlines()]
+    assert any(re.match(r"epoch 2/2 \S+ +\d+% \d:\d\d left$", line) for line in lines)
+    assert any(re.match(r"loss \d\.\d{3}  accuracy \d+\.\d%  arch loss", line) for line in lines)
+    found = "".join(lines[lines.index("The cells that were found:") :])
+    for op, source in (*result.genotype.normal, *result.genotype.reduce):
+        assert f"{op}({source})" in found  # in two lines rather than cut off
 
 
 def test_evaluation_on_a_terminal():

@@ -291,6 +291,9 @@ def test_split_refuses_empty_parts(arguments, text):
         ({"resized_crop": 0.5, "crop_padding": 4}, "exclude each other"),
         ({"color_jitter": (0.1, 0.1, 0.1)}, "color_jitter: expected"),
         ({"color_jitter": (0.1, 0.1, 0.1, 0.6)}, "hue"),
+        ({"color_jitter": (float("nan"), 0.1, 0.1, 0.1)}, "color_jitter: expected"),
+        ({"color_jitter": (0.1, float("inf"), 0.1, 0.1)}, "color_jitter: expected"),
+        ({"resized_crop": float("nan")}, "resized_crop: expected a share"),
     ],
 )
 def test_augment_refuses_what_makes_no_sense(options, text):
@@ -330,5 +333,7 @@ def test_batches_refuse_other_tensors():
         Batches(images, labels.int(), 4, **numbers)
     with pytest.raises(ValueError, match="color_jitter needs 3 channels, the images have 1"):
         make(channels=1, augment=EVERYTHING)
+    with pytest.raises(ValueError, match=r"crop_padding of at most the side .* 6 x 6, got 7"):
+        make(augment=Augment(crop_padding=7))
     with pytest.raises(ValueError, match="start: expected a batch number from 0 to 5, got 6"):
         make().iterate(0, 6)

@@ -273,6 +273,17 @@ def test_image_data_checks_labels(mini):
         )
 
 
+def test_images_of_one_colour_are_refused(idx_set):
+    write_idx(idx_set / "train-images-idx3-ubyte", np.full((12, 28, 28), 9, dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"fashion-mnist:.*deviation above 0 .* got \(0.0,\)"):
+        load(f"fashion-mnist:{idx_set}")
+
+
+def test_a_home_that_does_not_exist():
+    with pytest.raises(FileNotFoundError, match="expected a directory at ~nobody-of-this-name/x"):
+        load("folder:~nobody-of-this-name/x")
+
+
 def test_torchvision_is_asked_for_by_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     for kind in ("cifar10", "cifar100", "folder"):

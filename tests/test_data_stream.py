@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from fastnas.data import Augment, Endless, ImageData, StreamedData, from_datasets
+from fastnas.data.stream import outlive_signals
 
 NUMBERS = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
 EVERYTHING = Augment(crop_padding=2, flip=True, cutout=3, color_jitter=(0.4, 0.4, 0.4, 0.2))
@@ -215,3 +219,53 @@ def test_labels_are_checked_in_every_process(workers):
     data = make(workers=workers, num_classes=1)
     with pytest.raises(ValueError, match=r"image 1 has label 1, expected 0 to 0"):
         list(data.train_batches(2, shuffle=False))
+
+
+class Broken(Pictures):
+    """One of the images cannot be read."""
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise self.error(f"picture-{index}.png: cannot decode it\n(in two lines)")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named_without_the_workers_traceback(error, workers):
+    broken = Broken()
+    broken.error = error
+    data = from_datasets(broken, Pictures(), workers=workers, **NUMBERS)
+    with pytest.raises(error) as info:
+        list(data.train_batches(2, shuffle=False))
+    assert str(info.value) == "picture-2.png: cannot decode it\n(in two lines)"
+
+
+class Signalling(Pictures):
+    """The worker gets the signals that are sent to all processes of a run, twice over."""
+
+    def __getitem__(self, index):
+        if index == 1:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) * 2:
+                os.kill(os.getpid(), number)
+            time.sleep(0.05)
+        return super().__getitem__(index)
+
+
+def test_workers_leave_signals_to_the_main_process():
+    data = from_datasets(Signalling(), Pictures(), workers=1, **NUMBERS)
+    assert len(list(data.train_batches(2, shuffle=False))) == 6
+
+
+def test_a_worker_is_not_immortal(monkeypatch):
+    monkeypatch.setattr("fastnas.data.stream.GRACE", 1)
+    child = os.fork()
+    if child == 0:
+        try:
+            outlive_signals(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGALRM

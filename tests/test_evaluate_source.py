@@ -54,10 +54,20 @@ def test_file(tmp_path, text):
     assert source.search is None
 
 
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    path = tmp_path / "found.json"
+    path.write_text(GENOTYPE.to_json(), encoding="utf-8-sig")
+    assert find_genotype(path).genotype == GENOTYPE
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "one Genotype"),
+        ("[" * 50_000, "one Genotype"),
+        ('{"normal": ' + "[" * 50_000, "not a JSON file"),
+        ('{"version": ' + "9" * 5_000 + "}", "not a JSON file"),
+        ("Genotype(normal=" + "[" * 50_000, "not of the form"),
         (f"{GENOTYPE}\n{GENOTYPE}", "found 2"),
         ("Genotype(__import__('os').system('true'))", "genotype"),
         ("{}", "one of the spaces darts"),
@@ -123,7 +133,13 @@ def test_presets_are_those_of_the_papers():
         ({"epochs": 0}, "epochs: expected at least 1, but got 0"),
         ({"drop_path": 1.0}, r"drop_path: expected at least 0 and below 1, but got 1\.0"),
         ({"lr": float("nan")}, "lr: expected at least 0, but got nan"),
+        ({"lr": float("inf")}, "lr: expected at least 0 and below inf, but got inf"),
         ({"label_smoothing": -0.1}, "label_smoothing: expected at least 0"),
+        ({"lr_decay": 1.1}, r"lr_decay: expected from 0 to 1, but got 1\.1"),
+        ({"lr_decay": float("nan")}, "lr_decay: expected from 0 to 1, but got nan"),
+        ({"seed": 2**63}, "seed: expected at least 0 and below 9223372036854775808"),
+        ({"batch_size": 2**31}, "batch_size: expected at least 1 and below 2147483648"),
+        ({"image_size": -3}, "image_size: expected at least 1, but got -3"),
         ({"resume": True, "out": None}, "resume: expected a folder in out"),
     ],
 )

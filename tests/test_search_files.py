@@ -46,7 +46,7 @@ def test_numbers_json_does_not_know(tmp_path: Path) -> None:
     assert not (tmp_path / "a.jsonl").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"9" * 5000])
 def test_broken_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.json: not a JSON file"):
@@ -82,8 +82,29 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.jsonl", "genotype.json"])
 def test_any_file_of_a_run_protects_it(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    # Not "continue it", which cannot be done without its config.json.
+    with pytest.raises(FileExistsError, match="already holds a run: choose another folder"):
         RunDirectory.create(tmp_path, {})
+
+
+def test_a_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="out: expected a folder, but got an empty name"):
+        RunDirectory("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunDirectory("~/runs").path == tmp_path / "runs"
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    def write(file: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as info:
+        write_atomic(tmp_path / "a.json", write)
+    assert info.value.filename == str(tmp_path / "a.json")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="No space left") as info:
+        append_jsonl("/dev/full", {"epoch": 1})
+    assert info.value.filename == "/dev/full"
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
@@ -136,6 +157,29 @@ def test_truncated_checkpoint(tmp_path: Path, keep: float) -> None:
     with pytest.raises(CheckpointError, match=r"c\.pt: expected a checkpoint of fastnas") as info:
         load_checkpoint(path, kind="search")
     assert "\n" not in str(info.value)
+
+
+def test_spoilt_checkpoint(tmp_path: Path) -> None:
+    """A byte that a disk has changed among the weights, which nothing else would notice."""
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {"w": torch.full((1000,), 7.0)}, kind="search")
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((9,), 7.0).numpy().tobytes()) + 4] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged or something else \(BadZipFile\)"):
+        load_checkpoint(path, kind="search")
+
+
+def test_whatever_torch_raises_for_a_file_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: object, **kwargs: object) -> object:
+        raise AttributeError("'collections.OrderedDict' object has no attribute 'dtype'")
+
+    save_checkpoint(tmp_path / "c.pt", {}, kind="search")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(CheckpointError, match=r"something else \(AttributeError\)"):
+        load_checkpoint(tmp_path / "c.pt", kind="search")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,15 @@ from fastnas.search import (
     Progress,
     Search,
     SearchConfig,
+    StepReport,
     TextProgress,
     learning_rate,
     load_checkpoint,
+    save_checkpoint,
 )
 from fastnas.search.files import read_json, read_jsonl
 from fastnas.search.meters import Meter, Pace
+from fastnas.search.progress import Lines
 from fastnas.search.runtime import runtime
 from fastnas.spaces import SPACES
 
@@ -275,6 +279,29 @@ def test_lines_of_text() -> None:
     assert len(lines) == 4
 
 
+def test_lines_tell_the_time_that_is_left() -> None:
+    stream = io.StringIO()
+    run(config(), progress=TextProgress(stream))
+    _, first, last, _ = stream.getvalue().splitlines()
+    assert re.search(r", \d+\.\d s, \d+:\d\d left$", first)
+    assert last.endswith(" s")
+
+
+def test_long_epochs_get_a_line_now_and_then() -> None:
+    stream = io.StringIO()
+    lines = Lines(stream, every=60.0)
+    report = StepReport("train", 2, 50, 10, 390, 1.25, 0.5, None, 0.1, 3723.4)
+    lines.step(report)
+    assert stream.getvalue() == ""
+    lines = Lines(stream, every=0.0)
+    lines.step(report)
+    lines.step(replace(report, phase="validation", loss=None, seconds_left=None))
+    assert stream.getvalue().splitlines() == [
+        "epoch 2/50, step 10/390, loss 1.2500, accuracy 50.0%, 1:02:03 left",
+        "epoch 2/50, test step 10/390",
+    ]
+
+
 def test_pace() -> None:
     pace = Pace()
     assert pace.seconds(3, 3) is None
@@ -339,6 +366,36 @@ def test_resume_with_damaged_files(tmp_path: Path) -> None:
     checkpoint.unlink()
     with pytest.raises(CheckpointError, match=r"is missing, but metrics\.jsonl says"):
         Search(settings, data=images(), progress=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": 9}, "epoch: expected 0 to 1, but got 9"),
+        ({"epoch": True}, "epoch: expected 0 to 1, but got True"),
+        ({"step": -1}, "step: expected 0 to 3, but got -1"),
+        ({"step": "2"}, "step: expected 0 to 3, but got '2'"),
+        ({"history": []}, "its history is not that of 1 epochs"),
+        ({"history": [3]}, "does not fit this search: "),
+        ({"seconds": float("nan")}, "seconds: expected 0 or more, but got nan"),
+        ({"config": [1]}, "does not fit this search: "),
+        ({"arch": {}}, "Missing key"),
+        ({"random": {}}, "'python' is missing"),
+        ({"random": {"python": [3, [1], None]}}, "does not fit this search: "),
+        ({"meters": []}, "does not fit this search: "),
+    ],
+    ids=str,
+)
+def test_resume_of_a_checkpoint_that_makes_no_sense(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    settings = config(out=str(tmp_path), epochs=1, validate="never")
+    run(settings)
+    state = load_checkpoint(tmp_path / "checkpoint.pt", kind="search")
+    save_checkpoint(tmp_path / "checkpoint.pt", {**state, **change}, kind="search")
+    with pytest.raises(CheckpointError, match=message) as info:
+        Search(replace(settings, resume=True), data=images(), progress=QUIET)
+    assert "\n" not in str(info.value)
 
 
 def test_resume_of_a_finished_run(tmp_path: Path) -> None:

@@ -261,13 +261,34 @@ def test_a_folder_that_was_there_stays_with_what_it_holds(tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_an_interrupt_before_the_first_checkpoint_can_be_resumed(tmp_path: Path) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("images of 28x28 cannot be halved"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_that_come_again_leave_no_folder(tmp_path: Path, error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        run(config(out=str(tmp_path / "r")), Trouble(("train", 1, 1), fail))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
+def test_a_crash_before_the_first_checkpoint_can_be_resumed(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    def crash() -> None:
+        raise error
 
     settings = config(out=str(tmp_path / "r"))
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, Trouble(("train", 1, 1), interrupt))
+    with pytest.raises(error):
+        run(settings, Trouble(("train", 1, 1), crash))
     equal_states(run(config()).state_dict(), run(replace(settings, resume=True)).state_dict())
 
 

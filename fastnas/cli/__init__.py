@@ -123,24 +123,20 @@ def _leave_stdout() -> None:
 
 def _is_user_error(error: Exception) -> bool:
     """Whether it was raised where a user's value, file or environment enters."""
-    import torch
-
-    from fastnas.search.checkpoint import CheckpointError
-    from fastnas.search.resumable import NonFiniteLossError
+    from fastnas.search import CheckpointError, NonFiniteLossError
 
     kinds = (ValueError, OSError, ImportError, CheckpointError, NonFiniteLossError)
-    memory = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, (*kinds, *memory)) or _is_out_of_memory(error)
+    return isinstance(error, kinds) or _is_out_of_memory(error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # PyTorch has no class of its own for the memory of the CPU.
-    signs = ("DefaultCPUAllocator", "bad_alloc")
-    return type(error) is RuntimeError and any(sign in str(error) for sign in signs)
+    from fastnas.search.runtime import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _sentence(error: Exception) -> str:
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or _is_out_of_memory(error):
+    if _is_out_of_memory(error):
         reason = " ".join(str(error).splitlines()[:1])
         return (
             "there is not enough memory; try a smaller --batch-size, --C, --layers or --image-size"
@@ -149,7 +145,10 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename is not None else ""
         return f"{place}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if text.startswith("Expected more than 1 value per channel"):  # says BatchNorm of PyTorch
+        return f"batch_size: one image is too little for BatchNorm here, take more ({text})"
+    return text
 
 
 def _debugging() -> bool:

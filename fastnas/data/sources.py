@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,8 @@ def load(
         known = ", ".join([DEFAULT, *(f"{name}:DIR" for name in _WITH_DIRECTORY)])
         hint = " (a directory must follow its colon)" if kind in _WITH_DIRECTORY else ""
         raise ValueError(f"data: unknown specification {spec!r}{hint}; there are {known}")
-    directory = ASSETS / DEFAULT if spec == DEFAULT else Path(rest).expanduser()
+    # Path.expanduser raises where there is no such user.
+    directory = ASSETS / DEFAULT if spec == DEFAULT else Path(os.path.expanduser(rest))
     if not directory.is_dir():
         raise FileNotFoundError(f"{spec}: expected a directory at {directory}")
     if image_size is not None and image_size < 1:

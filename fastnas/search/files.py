@@ -159,7 +159,8 @@ class RunDirectory:
         """
         if not os.fspath(path):
             raise ValueError("out: expected a folder, but got an empty name")
-        self.path = Path(path)
+        # A shell leaves the ~ of --out=~/run alone.
+        self.path = Path(os.path.expanduser(path))
         self.config = self.path / CONFIG
         self.metrics = self.path / METRICS
         self.checkpoint = self.path / CHECKPOINT
@@ -218,8 +219,15 @@ class RunDirectory:
         return run
 
     @contextlib.contextmanager
-    def begun(self, config: Mapping[str, Any]) -> Iterator[None]:
-        """Begin a run, locked within the block; an error before a checkpoint undoes the beginning.
+    def begun(
+        self, config: Mapping[str, Any], undo: Callable[[Exception], bool] = lambda error: False
+    ) -> Iterator[None]:
+        """Begin a run, locked within the block.
+
+        Args:
+            config: content of its ``config.json``.
+            undo: whether an error that ends the block before there is a checkpoint leaves nothing
+                behind, so that another run may be begun here.
 
         Raises:
             FileExistsError: as :meth:`free`.
@@ -232,8 +240,8 @@ class RunDirectory:
                 self.create(self.path, config)
                 try:
                     yield
-                except Exception:
-                    if not self.checkpoint.exists():
+                except Exception as error:
+                    if undo(error) and not self.checkpoint.exists():
                         for file in (self.config, self.genotype):
                             file.unlink(missing_ok=True)
                     raise

@@ -21,7 +21,7 @@ from fastnas.search.checkpoint import (
 from fastnas.search.files import RunDirectory, read_json
 from fastnas.search.interrupts import Interrupts, RunInterrupted
 from fastnas.search.meters import Meter
-from fastnas.search.runtime import runtime
+from fastnas.search.runtime import is_out_of_memory, runtime
 
 __all__ = ["NonFiniteLossError", "Resumable", "data_identity", "difference"]
 
@@ -124,7 +124,9 @@ class Resumable(abc.ABC):
 
     @contextlib.contextmanager
     def _files(self, directory: RunDirectory) -> Iterator[None]:
-        """The run's folder, locked; a new run that fails before it has saved anything leaves none.
+        """The run's folder, locked.
+
+        A new run that its configuration makes fail at once, and would make fail again, leaves none.
 
         Raises:
             BlockingIOError: another process runs there, or did since the checkpoint was read.
@@ -141,7 +143,7 @@ class Resumable(abc.ABC):
                     directory.rewrite_metrics(self.history)
                 yield
             return
-        with directory.begun(self._begun_with):
+        with directory.begun(self._begun_with, undo=_comes_again):
             yield
 
     def _tell(self, event: Callable[..., None], *facts: Any) -> None:
@@ -231,6 +233,10 @@ class Resumable(abc.ABC):
                 f"the loss of the {name} became {bad.value} in epoch {self.epoch + 1}, "
                 f"step {bad.step}; try a lower learning rate or --amp off ({kept})"
             )
+
+
+def _comes_again(error: Exception) -> bool:
+    return isinstance(error, (ValueError, NonFiniteLossError)) or is_out_of_memory(error)
 
 
 def difference(

@@ -47,6 +47,15 @@ def runtime(threads: int = 0, deterministic: bool = False) -> Iterator[None]:
             os.environ.pop(_CUBLAS, None)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory of a device or of the CPU was not enough."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # PyTorch has no class of its own for the memory of the CPU.
+    signs = ("DefaultCPUAllocator", "bad_alloc")
+    return type(error) is RuntimeError and any(sign in str(error) for sign in signs)
+
+
 def check_threads(threads: int) -> None:
     """Raise a ValueError for more threads than cores: they would wait for each other for ever."""
     cores = os.cpu_count() or 1
