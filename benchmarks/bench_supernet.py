@@ -52,8 +52,16 @@ def build(implementation: str, setting: Setting, k: int) -> Call:
 
 
 CASES = [
-    # torch.compile takes many minutes for this network: no form of it is measured.
-    Case(op, (64, 3, 32, 32), functools.partial(build, k=k), modes=(BOTH,), compiled=False)
+    # torch.compile takes many minutes for this network: no form of it is measured. The two formats
+    # of the stock network differ by 0.6 % in the gradient of alpha; tests compare in float64.
+    Case(
+        op,
+        (64, 3, 32, 32),
+        functools.partial(build, k=k),
+        modes=(BOTH,),
+        compiled=False,
+        amplification=25,
+    )
     for op, k in (("DARTS supernet", 1), ("PC-DARTS supernet", 4))
 ]
 
