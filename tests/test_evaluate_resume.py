@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,6 +202,20 @@ def test_damaged_checkpoint(tmp_path):
     (out / "checkpoint.pt").write_bytes(whole_file[: len(whole_file) // 2])
     with pytest.raises(CheckpointError, match="truncated, damaged or something else"):
         evaluation(out, resume=True)
+
+
+def test_a_search_that_was_moved_is_not_needed(tmp_path):
+    """The folder of the evaluation has the genotype: it can be moved along with the search."""
+    search, out = tmp_path / "search", tmp_path / "run"
+    search.mkdir()
+    (search / "genotype.json").write_text(GENOTYPES["DARTS_V1"].to_json())
+    with pytest.raises(RunInterrupted):
+        run(out, Signal(2), source=str(search))
+    shutil.rmtree(search)
+    with pytest.raises(FileNotFoundError, match="search: expected the folder of a search"):
+        evaluation(tmp_path / "other", source=str(search))
+    run(out, resume=True, source=str(search))
+    assert read_json(out / "result.json")["source"] == str(search)
 
 
 def test_nothing_to_resume(tmp_path):

@@ -24,7 +24,7 @@ from fastnas.evaluate.result import NETWORK_KIND, EvaluationResult, network_stat
 from fastnas.evaluate.source import GenotypeSource, find_genotype
 from fastnas.methods import Outcome
 from fastnas.search.checkpoint import RandomState, save_checkpoint
-from fastnas.search.files import write_json, write_text
+from fastnas.search.files import RunDirectory, write_json, write_text
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.resumable import Resumable, data_identity
 from fastnas.search.runtime import amp_dtype, check_threads, memory_layout
@@ -34,6 +34,19 @@ from fastnas.spaces import count_operations, count_parameters, get_space
 __all__ = ["Evaluation"]
 
 _TOP = 5
+
+
+def _source_of(config: EvaluateConfig) -> GenotypeSource:
+    """The architecture to train; a run that goes on has its own copy, should the search be gone."""
+    try:
+        return find_genotype(config.source)
+    except FileNotFoundError:
+        if not config.resume or config.out in (None, "auto"):
+            raise
+        own = RunDirectory(config.out).genotype
+        if not own.is_file():
+            raise
+        return dataclasses.replace(find_genotype(own), label=config.source)
 
 
 class Evaluation(Resumable):
@@ -75,7 +88,7 @@ class Evaluation(Resumable):
         self.device = config.torch_device()
         check_threads(config.threads)
         if genotype is None:
-            self.source = find_genotype(config.source)
+            self.source = _source_of(config)
         elif isinstance(genotype, GenotypeSource):
             self.source = genotype
         else:
