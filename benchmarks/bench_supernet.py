@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A search step's forward and backward in the whole supernet, DARTS and PC-DARTS (k = 4).
 
-16 channels, 8 cells, a batch of 16, with the gradients of the architecture: against the same network
-of stock modules, in which known waste of the published code is fixed (tests/stock.py).
+16 channels, 8 cells, a batch of 16, with the gradients of the architecture: against the same
+network of stock modules, in which known waste of the published code is fixed (tests/stock.py).
 """
 
 from __future__ import annotations

@@ -286,7 +286,8 @@ def test_search_on_a_narrow_terminal():
     result = Search(search_config(), data=images(), progress=search_progress(screen)).run()
     lines = [line.rstrip() for frame in _frames(screen) for line in frame.splitlines()]
     assert any(re.match(r"epoch 2/2 \S+ +\d+% \d:\d\d left$", line) for line in lines)
-    assert any(re.match(r"loss \d\.\d{3}  accuracy \d+\.\d%  arch loss", line) for line in lines)
+    # Which steps are drawn depends on how fast they are: of training, or of testing.
+    assert any(re.search(r"loss \d\.\d{3}  accuracy \d+\.\d%", line) for line in lines)
     found = "".join(lines[lines.index("The cells that were found:") :])
     for op, source in (*result.genotype.normal, *result.genotype.reduce):
         assert f"{op}({source})" in found  # in two lines rather than cut off
