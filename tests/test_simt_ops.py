@@ -49,6 +49,7 @@ def simt():
         "gate_gradient",
         "sample_paths",
         "depthwise_group",
+        "ops_alignment",
         "batch_norm_depthwise",
     ],
 )
@@ -109,7 +110,9 @@ def test_shapes_around_vectors_and_blocks(name, dtype, simt, tolerances, monkeyp
             cases.assert_near(a, b, tolerances, f"{shape} result {k}")
 
 
-@pytest.mark.parametrize("op", ["mixed_batch_norm", "mixed_sum", "gate_gradient", "sample_paths"])
+@pytest.mark.parametrize(
+    "op", ["mixed_batch_norm", "mixed_sum", "gate_gradient", "sample_paths", "depthwise_group"]
+)
 def test_more_blocks_than_a_grid_takes_are_an_error(op, simt):
     call = CALLS[op]("cpu")
     call.run(call.inputs)

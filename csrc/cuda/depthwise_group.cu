@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // y_i = conv(relu(x), w_i), depthwise: (1 + G) * sizeof(T) bytes an element for G convolutions, k k multiply-adds for
 // each. dx: (G + 2) * sizeof(T) bytes; weights: 2 sizeof(T) bytes for each row of taps.
+#include <algorithm>
+
 #include "depthwise_group.h"
 #include "mix.h"
 #include "reduce.cuh"
@@ -218,10 +220,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   table[at] = static_cast<const A*>(c.weights[i])[channel * size + tap - c.first[i]];
 }
 
-// f(type, V, columns): vectors of 16 bytes where channels are innermost and every tensor allows them.
+// f(type, V, columns): vectors of 16 bytes where channels are innermost and every tensor that is read or written by
+// them allows it; null ones do not count.
 template <typename F>
-cudaError_t with_layout(const Convolutions& c, const void* const* others, const void* x, F&& f) {
-  bool vectors = aligned(x);
+cudaError_t with_layout(const Convolutions& c, const void* const* others,
+                        std::initializer_list<const void*> more, F&& f) {
+  bool vectors = std::all_of(more.begin(), more.end(), aligned);
   for (int i = 0; i < c.count; ++i) vectors = vectors && aligned(others[i]);
   return with_type(c.dtype, [&](auto type) {
     constexpr int kWide = 16 / static_cast<int>(sizeof(typename decltype(type)::type));
@@ -236,7 +240,9 @@ cudaError_t with_layout(const Convolutions& c, const void* const* others, const 
 cudaError_t launch_weight_table(const Convolutions& c, void* table, cudaStream_t stream) {
   const int64_t total = c.taps() * c.C;
   if (total == 0) return cudaSuccess;
-  const unsigned grid = static_cast<unsigned>(ceil_div(total, kThreads));
+  const int64_t blocks = ceil_div(total, kThreads);
+  if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
+  const unsigned grid = static_cast<unsigned>(blocks);
   if (c.dtype == Dtype::kDouble) {
     FASTNAS_LAUNCH(weight_table_kernel<double>, grid, kThreads, stream, c,
                    static_cast<double*>(table));
@@ -250,7 +256,7 @@ cudaError_t launch_weight_table(const Convolutions& c, void* table, cudaStream_t
 cudaError_t launch_convolutions(const Convolutions& c, const void* x, const Outputs& to,
                                 cudaStream_t stream) {
   if (c.outputs() == 0) return cudaSuccess;
-  return with_layout(c, to.ys, x, [&](auto type, auto vector, auto columns) {
+  return with_layout(c, to.ys, {x}, [&](auto type, auto vector, auto columns) {
     using T = typename decltype(type)::type;
     constexpr int V = decltype(vector)::value;
     const auto kernel = convolutions_kernel<T, V, decltype(columns)::value != 0>;
@@ -264,15 +270,16 @@ cudaError_t launch_convolutions(const Convolutions& c, const void* x, const Outp
 cudaError_t launch_input_gradient(const Convolutions& c, const OutputGradients& from, const void* x,
                                   void* dx, cudaStream_t stream) {
   if (c.sources() == 0) return cudaSuccess;
-  return with_layout(c, from.gs, dx, [&](auto type, auto vector, auto columns) {
-    using T = typename decltype(type)::type;
-    constexpr int V = decltype(vector)::value;
-    const auto kernel = input_gradient_kernel<T, V, decltype(columns)::value != 0>;
-    const Walk walk = make_walk(c, c.H, c.W, V);
-    FASTNAS_LAUNCH(kernel, grid_for(ceil_div(walk.vectors, kThreads)), kThreads, stream, c, walk,
-                   from, static_cast<const T*>(x), static_cast<T*>(dx));
-    return cudaGetLastError();
-  });
+  return with_layout(
+      c, from.gs, {dx, c.relu ? x : nullptr}, [&](auto type, auto vector, auto columns) {
+        using T = typename decltype(type)::type;
+        constexpr int V = decltype(vector)::value;
+        const auto kernel = input_gradient_kernel<T, V, decltype(columns)::value != 0>;
+        const Walk walk = make_walk(c, c.H, c.W, V);
+        FASTNAS_LAUNCH(kernel, grid_for(ceil_div(walk.vectors, kThreads)), kThreads, stream, c,
+                       walk, from, static_cast<const T*>(x), static_cast<T*>(dx));
+        return cudaGetLastError();
+      });
 }
 
 WeightPlan plan_weights(const Convolutions& c) {
@@ -300,6 +307,7 @@ cudaError_t launch_weight_gradients(const Convolutions& c, const WeightPlan& pla
   unsigned lines = 0;
   for (int i = 0; i < c.count; ++i) lines += static_cast<unsigned>(c.side[i]);
   const int64_t pixels = c.N * c.oh * c.ow, beside = c.columns ? plan.chunks : c.C;
+  if (!fits_grid(beside * plan.parts)) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(beside * plan.parts), lines);
   const Divider by_ow(c.ow, pixels), by_oh(c.oh, pixels);
   return with_type(c.dtype, [&](auto type) {

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Out, typename In>
 cudaError_t fold(const void* partial, int64_t K, int64_t count, void* out, cudaStream_t stream) {
+  if (!fits_grid(K)) return cudaErrorInvalidConfiguration;
   const auto kernel = fold_kernel<Out, In>;
   FASTNAS_LAUNCH(kernel, static_cast<unsigned>(K), kThreads, stream,
                  static_cast<const In*>(partial), count, static_cast<Out*>(out));
