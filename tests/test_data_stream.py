@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from fastnas.data import Augment, Endless, ImageData, StreamedData, from_datasets
-from fastnas.data.stream import outlive_signals
+from fastnas.data.stream import GRACE, outlive_signals
 
 NUMBERS = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
 EVERYTHING = Augment(crop_padding=2, flip=True, cutout=3, color_jitter=(0.4, 0.4, 0.4, 0.2))
@@ -239,6 +242,7 @@ def test_a_broken_image_is_named_without_the_workers_traceback(error, workers):
     with pytest.raises(error) as info:
         list(data.train_batches(2, shuffle=False))
     assert str(info.value) == "picture-2.png: cannot decode it\n(in two lines)"
+    assert not multiprocessing.active_children()
 
 
 class Signalling(Pictures):
@@ -257,15 +261,40 @@ def test_workers_leave_signals_to_the_main_process():
     assert len(list(data.train_batches(2, shuffle=False))) == 6
 
 
-def test_a_worker_is_not_immortal(monkeypatch):
+def _live_on(ready):
+    outlive_signals(0)
+    ready.set()
+    time.sleep(30)
+
+
+@pytest.mark.parametrize(("ending", "code"), [(1, 0), (0, -signal.SIGALRM)])
+def test_a_worker_is_not_immortal(monkeypatch, ending, code):
     monkeypatch.setattr("fastnas.data.stream.GRACE", 1)
-    child = os.fork()
-    if child == 0:
-        try:
-            outlive_signals(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(30)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGALRM
+    monkeypatch.setattr("fastnas.data.stream._ENDING", [ending])
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    worker = fork.Process(target=_live_on, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(20)
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == code
+
+
+def test_a_process_that_ends_does_not_wait_for_its_workers():
+    code = """
+from test_data_stream import make
+batches = iter(make(workers=1).train_batches(2))
+next(batches)
+print("end", flush=True)
+"""
+    path = os.pathsep.join(sys.path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert process.stdout.readline() == b"end\n"
+    began = time.monotonic()
+    assert process.wait(60) == 0
+    assert time.monotonic() - began < 0.8 * GRACE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import mmap
 import os
 import random
 import signal
@@ -9,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from traceback import clear_frames
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +32,12 @@ if TYPE_CHECKING:
 MAX_WORKERS = 8
 
 
-#: Seconds a worker lives on after SIGTERM.
+#: Seconds a worker lives on after SIGTERM, while the main process does.
 GRACE = 15
+
+# Memory shared with the workers, which are forked: 1 from when the main process ends.
+_ENDING = mmap.mmap(-1, 1)
+atexit.register(_ENDING.__setitem__, 0, 1)
 
 
 class Croppable(Dataset[Any], ABC):
@@ -189,6 +197,10 @@ class StreamedBatches(EpochBatches):
                 sentence = without_traceback(error)
                 if sentence is None:
                     raise
+                # The error and frames of the loader hold each other. Let go, the loader ends its
+                # workers now; a garbage collection, or the end of Python, would wait for them.
+                clear_frames(error.__traceback__)
+                del batches
                 raise type(error)(sentence) from error
             yield (
                 images.to(self.device, non_blocking=True),
@@ -250,13 +262,19 @@ class _Keys:
 def outlive_signals(worker: int) -> None:
     """In a worker, leave it to the main process what a signal to all processes of a run means.
 
-    The main process ends its step and saves its state, and needs the workers for that. SIGTERM
-    is also how it ends a worker that hangs, so that one is obeyed in the end.
+    The main process ends its step and saves its state, and needs the workers for that. When it
+    ends, or a worker hangs, it sends SIGTERM as well, which is obeyed at once or in the end.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if _ENDING[0]:
+        os._exit(0)
+    signal.alarm(GRACE)
 
 
 def without_traceback(error: Exception) -> str | None:
