@@ -65,4 +65,15 @@ TORCH_LIBRARY(fastnas, m) {
       "weights, "
       "int[] dilations, int stride, bool relu, bool need_x, int[] need_weights) -> (Tensor, "
       "Tensor[])");
+
+  // As batch_norm_depthwise, and kind 0 where no norm is before the ReLU; pointwise[i] stands behind depthwise[i].
+  m.def(
+      "separable_group(Tensor x, int kind, float eps, Tensor? gamma, Tensor? beta, Tensor? "
+      "running_mean, Tensor? running_var, Tensor[] depthwise, Tensor[] pointwise, int[] dilations, "
+      "int stride) -> (Tensor[], Tensor, Tensor)");
+  m.def(
+      "separable_group_backward(Tensor[] grads, int[] present, Tensor x, Tensor mean, Tensor var, "
+      "int kind, float eps, Tensor? gamma, Tensor? beta, Tensor[] depthwise, Tensor[] pointwise, "
+      "int[] dilations, int stride, bool need_x, bool need_norm, int[] need_depthwise, int[] "
+      "need_pointwise) -> (Tensor, Tensor[], Tensor[], Tensor, Tensor)");
 }

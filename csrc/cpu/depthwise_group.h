@@ -75,7 +75,7 @@ class Depthwise {
     parallel(units_, 1, [&](int64_t begin, int64_t end) {
       Buffers b(*this, false);
       for (int64_t unit = begin; unit < end; ++unit) {
-        load_source(x, unit, b);
+        load_source(x, unit, b.x, b.scratch);
         const acc_t* w = table.data() + unit / slabs_ % tables_ * taps_ * L_;
         for (const Phase& p : outputs_) write_output(p, b, w, unit, ys[p.convolution]);
       }
@@ -113,7 +113,7 @@ class Depthwise {
     fold(partial, each, slots, dws);
   }
 
- private:
+ protected:
   struct Buffers {
     AlignedVector<acc_t> x, g, dx, stage;
     AlignedVector<T> scratch;
@@ -199,23 +199,29 @@ class Depthwise {
   }
 
   // What the convolutions of a unit read. The border stays zero: it pads what was normalised.
-  void load_source(const T* x, int64_t unit, Buffers& b) const {
-    load(x_, source_, x, unit, group_.stride, relu_ && normal_.empty(), b.x, b.scratch);
+  void load_source(const T* x, int64_t unit, AlignedVector<acc_t>& buffer,
+                   AlignedVector<T>& scratch) const {
+    load(x_, source_, x, unit, group_.stride, relu_ && normal_.empty(), buffer, scratch);
     if (normal_.empty()) return;
     const auto [top, r0, r1] = rows_loaded(x_, source_, unit, group_.stride);
     const acc_t* scale = normal_.data() + unit / slabs_ % tables_ * 2 * L_;
-    kernels_.normalise(b.x.data() + x_.offset(r0 - top, x_.border), x_.offset(1, 0), r1 - r0,
+    kernels_.normalise(buffer.data() + x_.offset(r0 - top, x_.border), x_.offset(1, 0), r1 - r0,
                        group_.W, scale, scale + L_);
+  }
+
+  // Only where images are cut is there anything but zeros.
+  void clear_outside(const Frame& f, const Rows& rows, acc_t* buffer) const {
+    if (slabs_ == 1) return;
+    std::fill_n(buffer, f.offset(rows.first - rows.top, 0), acc_t{});
+    std::fill(buffer + f.offset(rows.last - rows.top, 0), buffer + f.elements(), acc_t{});
   }
 
   // The rows of a unit and as many around them as the border has. Rows outside of the image are zeros.
   void load(const Frame& f, const Planes& planes, const T* from, int64_t unit, int64_t stride,
             bool relu, AlignedVector<acc_t>& buffer, AlignedVector<T>& scratch) const {
-    const auto [top, r0, r1] = rows_loaded(f, planes, unit, stride);
-    if (slabs_ > 1) {
-      std::fill_n(buffer.data(), f.offset(r0 - top, 0), acc_t{});
-      std::fill(buffer.data() + f.offset(r1 - top, 0), buffer.data() + f.elements(), acc_t{});
-    }
+    const Rows rows = rows_loaded(f, planes, unit, stride);
+    const auto [top, r0, r1] = rows;
+    clear_outside(f, rows, buffer.data());
     kernels_.pack(planes, from, unit / slabs_ * L_, r0, r1 - r0,
                   buffer.data() + f.offset(r0 - top, f.border), f.pitch(), relu, scratch.data());
   }
@@ -244,12 +250,11 @@ class Depthwise {
                               T* dx, const std::vector<std::vector<double>>& dws, int64_t unit,
                               Buffers& b, acc_t* sums) const {
     const int64_t s = group_.stride, W = group_.W, rows = rows_of(unit);
-    const int64_t row = unit % slabs_ * slab_ * s, height = std::min(s * slab_, group_.H - row);
+    const int64_t height = std::min(s * slab_, group_.H - unit % slabs_ * slab_ * s);
     const acc_t* w = table + unit / slabs_ % tables_ * taps_ * L_;
     const acc_t *xp = b.x.data() + x_.inside(), *gp = b.g.data() + g_.inside();
-    if (x) load_source(x, unit, b);
+    if (x) load_source(x, unit, b.x, b.scratch);
     if (dx) std::fill_n(b.dx.data(), height * W * L_, acc_t{});
-    auto phase = inputs_.begin();
     for (const Phase& p : outputs_) {
       const T* g = grads[p.convolution];
       const bool need = !dws[p.convolution].empty();
@@ -257,19 +262,31 @@ class Depthwise {
       if (g && need)
         kernels_.correlate[s - 1](gp, g_.offset(1, 0), xp, x_.offset(s, 0), p.offsets.data(),
                                   p.size(), sums + p.first * L_, rows, group_.ow);
-      for (; phase != inputs_.end() && phase->convolution == p.convolution; ++phase)
-        if (g && dx)
-          kernels_.convolve[0](gp, g_.offset(1, 0), phase->offsets.data(), w + phase->first * L_,
-                               phase->size(), b.dx.data() + (phase->py * W + phase->px) * L_,
-                               s * W * L_, s * L_, (height - phase->py + s - 1) / s,
-                               (W - phase->px + s - 1) / s, true);
+      if (g && dx) add_gradient(p.convolution, gp, w, height, b.dx);
     }
-    if (!dx) return;
-    if (relu_) kernels_.mask(b.dx.data(), xp, x_.offset(1, 0), height, W);
-    const int64_t step = staged_rows(W);
+    if (dx) store_gradient(b.x, b.dx, unit, dx, b.scratch);
+  }
+
+  // The transposed convolution of g.
+  void add_gradient(int64_t convolution, const acc_t* g, const acc_t* w, int64_t height,
+                    AlignedVector<acc_t>& dx) const {
+    const int64_t s = group_.stride, W = group_.W;
+    for (const Phase& p : inputs_)
+      if (p.convolution == convolution)
+        kernels_.convolve[0](g, g_.offset(1, 0), p.offsets.data(), w + p.first * L_, p.size(),
+                             dx.data() + (p.py * W + p.px) * L_, s * W * L_, s * L_,
+                             (height - p.py + s - 1) / s, (W - p.px + s - 1) / s, true);
+  }
+
+  // dx of a unit, from rows without a gap between them.
+  void store_gradient(const AlignedVector<acc_t>& x, AlignedVector<acc_t>& values, int64_t unit,
+                      T* dx, AlignedVector<T>& scratch) const {
+    const int64_t s = group_.stride, W = group_.W, row = unit % slabs_ * slab_ * s;
+    const int64_t height = std::min(s * slab_, group_.H - row), step = staged_rows(W);
+    if (relu_) kernels_.mask(values.data(), x.data() + x_.inside(), x_.offset(1, 0), height, W);
     for (int64_t r = 0; r < height; r += step)
-      kernels_.unpack(source_, b.dx.data() + r * W * L_, unit / slabs_ * L_, row + r,
-                      std::min(step, height - r), dx, b.scratch.data());
+      kernels_.unpack(source_, values.data() + r * W * L_, unit / slabs_ * L_, row + r,
+                      std::min(step, height - r), dx, scratch.data());
   }
 
   // Neighbouring units, so that sums are not folded for every small image.
@@ -295,7 +312,11 @@ class Depthwise {
         double* to = total.data() + (first / slabs_ + slot) % tables_ * row;
         for (int64_t i = 0; i < row; ++i) to[i] += from[i];
       }
-    from = total.data();
+    distribute(total.data(), dws);
+  }
+
+  // Sums of every tap and lane, for all tables, to the weights they belong to.
+  void distribute(const double* from, std::vector<std::vector<double>>& dws) const {
     for (int64_t j = 0; j < tables_; ++j)
       for (const Phase& p : outputs_) {
         std::vector<double>& dw = dws[p.convolution];

@@ -2,8 +2,8 @@
 """All candidates that read one state, run together: what they share is computed once.
 
 A state of a cell is read by every edge that leaves it, and by every candidate of each. The
-depthwise convolutions among them, with the ReLU in front, are one fused call, and pools that are
-set alike are one tensor. Everything else is called as it stands.
+convolutions among them, separable or only depthwise, with the ReLU in front, are one fused call,
+and pools that are set alike are one tensor. Everything else is called as it stands.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ class Recipe(NamedTuple):
     layers: tuple[Layer, ...]
     #: The convolution of a leading ReLU and depthwise convolution, shared with others.
     depthwise: nn.Conv2d | None = None
+    #: The one behind it where it is pointwise, which is part of the shared call.
+    pointwise: nn.Conv2d | None = None
     #: Candidates with equal keys return the same tensor.
     key: Hashable = None
-    #: What follows the shared convolution, as few calls as possible.
+    #: What follows the shared call, as few calls as possible.
     after: tuple[Layer, ...] = ()
     #: Modules that are then not called, so that their hooks would not fire.
     bypassed: tuple[nn.Module, ...] = ()
@@ -43,15 +45,18 @@ def make_recipe(layers: Sequence[Layer]) -> Recipe:
         return Recipe(layers, key=key, bypassed=_modules(layers))
     if len(layers) < 2 or not (_is_relu(layers[0]) and _is_depthwise(layers[1])):
         return Recipe(layers)
-    bypassed, after, rest = _modules(layers[:2]), [], layers[2:]
+    taken = 3 if _is_pointwise(layers[2:3]) else 2
+    bypassed, after, rest = _modules(layers[:taken]), [], layers[taken:]
     while rest:
         if len(rest) >= 3 and _is_norm(rest[0]) and _is_relu(rest[1]) and _is_depthwise(rest[2]):
-            after.append(NormDepthwise(rest[0], rest[2]))  # type: ignore[arg-type]  # just checked
-            bypassed, rest = bypassed + _modules(rest[:3]), rest[3:]
+            size = 4 if _is_pointwise(rest[3:4]) else 3
+            after.append(NormConvolution(*rest[0:1], *rest[2:size]))  # type: ignore[arg-type]
+            bypassed, rest = bypassed + _modules(rest[:size]), rest[size:]
         else:
             after.append(rest[0])  # type: ignore[arg-type]
             rest = rest[1:]
-    return Recipe(layers, layers[1], None, tuple(after), bypassed)  # type: ignore[arg-type]
+    pointwise = layers[2] if taken == 3 else None
+    return Recipe(layers, layers[1], pointwise, None, tuple(after), bypassed)  # type: ignore[arg-type]
 
 
 def _modules(layers: Sequence[Layer]) -> tuple[nn.Module, ...]:
@@ -94,40 +99,46 @@ def _fuses_depthwise(x: Tensor) -> bool:
 
 
 def _convolve(x: Tensor, edges: Sequence[Sequence[Recipe]]) -> dict[int, Tensor]:
-    """The leading depthwise convolutions of the recipes, by identity of the recipe."""
-    strides: dict[int, list[tuple[int, nn.Conv2d]]] = {}
+    """What the leading convolutions of the recipes return, by identity of the recipe."""
+    groups: dict[tuple[int, bool], list[Recipe]] = {}
     for recipes in edges:
         for recipe in recipes:
             if (conv := recipe.depthwise) is not None:
-                strides.setdefault(conv.stride[0], []).append((id(recipe), conv))
+                key = conv.stride[0], recipe.pointwise is not None
+                groups.setdefault(key, []).append(recipe)
     outputs: dict[int, Tensor] = {}
-    for stride, group in strides.items():
+    for (stride, separable), group in groups.items():
         for start in range(0, len(group), MAX_CANDIDATES):
             part = group[start : start + MAX_CANDIDATES]
-            weights = [conv.weight for _, conv in part]
-            dilations = [conv.dilation[0] for _, conv in part]
-            ys = ops.depthwise_group(x, weights, dilations, stride)
-            outputs.update((key, y) for (key, _), y in zip(part, ys, strict=True))
+            convs = [recipe.depthwise for recipe in part if recipe.depthwise is not None]
+            weights, dilations = [c.weight for c in convs], [c.dilation[0] for c in convs]
+            if separable:
+                mixing = [recipe.pointwise.weight for recipe in part if recipe.pointwise]
+                ys = ops.separable_group(x, weights, mixing, dilations, stride)
+            else:
+                ys = ops.depthwise_group(x, weights, dilations, stride)
+            outputs.update((id(recipe), y) for recipe, y in zip(part, ys, strict=True))
     return outputs
 
 
-class NormDepthwise:
-    """A BatchNorm, a ReLU and a depthwise convolution as one fused call."""
+class NormConvolution:
+    """BatchNorm, ReLU and a depthwise or separable convolution as one fused call."""
 
-    def __init__(self, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
+    def __init__(
+        self, norm: nn.BatchNorm2d, depthwise: nn.Conv2d, pointwise: nn.Conv2d | None = None
+    ) -> None:
         """Take the modules; what they hold is read at every call."""
-        self.norm, self.conv = norm, conv
+        self.norm, self.depthwise, self.pointwise = norm, depthwise, pointwise
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map ``(N, C, H, W)`` to what the convolution returns."""
-        conv = self.conv
-        (y,) = ops.batch_norm_depthwise(
-            x,
-            self.norm,  # type: ignore[arg-type]  # torch declares its Parameters as always there
-            [conv.weight],
-            [conv.dilation[0]],
-            conv.stride[0],
-        )
+        """Map ``(N, C, H, W)`` to what the last convolution returns."""
+        conv, norm = self.depthwise, self.norm
+        weights, dilations, stride = [conv.weight], [conv.dilation[0]], conv.stride[0]
+        if self.pointwise is None:
+            (y,) = ops.batch_norm_depthwise(x, norm, weights, dilations, stride)  # type: ignore[arg-type]  # torch declares its Parameters as always there
+        else:
+            mixing = [self.pointwise.weight]
+            (y,) = ops.separable_group(x, weights, mixing, dilations, stride, norm)  # type: ignore[arg-type]
         return y
 
 
@@ -155,6 +166,20 @@ def _is_depthwise(layer: Layer) -> bool:
         and layer.padding_mode == "zeros"
         and layer.bias is None
         and len(channels) == 1
+    )
+
+
+def _is_pointwise(layers: Sequence[Layer]) -> bool:
+    """One convolution that only mixes channels, as many as it gets, without a bias."""
+    if len(layers) != 1 or type(layers[0]) is not nn.Conv2d or "forward" in vars(layers[0]):
+        return False
+    layer = layers[0]
+    return (
+        layer.kernel_size == layer.stride == (1, 1)
+        and layer.padding == (0, 0)
+        and layer.bias is None
+        and layer.groups == 1
+        and layer.in_channels == layer.out_channels
     )
 
 

@@ -8,6 +8,7 @@ from fastnas.ops.mixed_batch_norm import mixed_batch_norm
 from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.partial_channel_mix import partial_channel_mix
 from fastnas.ops.sample_paths import Paths, sample_paths
+from fastnas.ops.separable_group import separable_group
 
 __all__ = [
     "Paths",
@@ -18,4 +19,5 @@ __all__ = [
     "mixed_sum",
     "partial_channel_mix",
     "sample_paths",
+    "separable_group",
 ]

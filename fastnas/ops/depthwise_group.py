@@ -70,12 +70,22 @@ def depthwise_group(
 
 
 def check_depthwise(
-    op: str, x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], stride: int
+    op: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int,
+    name: str = "weights",
 ) -> None:
-    """Raise unless depthwise convolutions of ``x`` are what these arguments describe."""
-    for name, values in (("weights", weights), ("dilations", dilations)):
+    """Raise unless depthwise convolutions of ``x`` are what these arguments describe.
+
+    ``name`` is what the op calls its weights.
+    """
+    for argument, values in ((name, weights), ("dilations", dilations)):
         if isinstance(values, (Tensor, int)):
-            raise TypeError(f"{op}: expected {name} to be a list, but got {type(values).__name__}")
+            raise TypeError(
+                f"{op}: expected {argument} to be a list, but got {type(values).__name__}"
+            )
     if not x.is_floating_point():
         raise TypeError(f"{op}: expected x to be floating-point, but got {x.dtype}")
     if x.dim() != 4:
@@ -88,31 +98,29 @@ def check_depthwise(
         raise ValueError(f"{op}: expected stride 1 or 2, but got {stride}")
     if not 1 <= len(weights) <= MAX_CANDIDATES:
         raise ValueError(
-            f"{op}: expected 1 to {MAX_CANDIDATES} tensors in weights, but got {len(weights)}"
+            f"{op}: expected 1 to {MAX_CANDIDATES} tensors in {name}, but got {len(weights)}"
         )
     if len(weights) != len(dilations):
         raise ValueError(
-            f"{op}: expected one dilation per weight, but got {len(weights)} weights and "
+            f"{op}: expected one dilation per weight, but got {len(weights)} {name} and "
             f"{len(dilations)} dilations"
         )
     channels = x.shape[1]
     for i, w in enumerate(weights):
         if not isinstance(w, Tensor):
             raise TypeError(
-                f"{op}: expected weights[{i}] to be a tensor, but got {type(w).__name__}"
+                f"{op}: expected {name}[{i}] to be a tensor, but got {type(w).__name__}"
             )
         if not w.is_floating_point():
-            raise TypeError(f"{op}: expected floating-point weights, but weights[{i}] is {w.dtype}")
+            raise TypeError(f"{op}: expected floating-point weights, but {name}[{i}] is {w.dtype}")
         k = w.shape[-1] if w.dim() else 0
         if w.shape != (channels, 1, k, k) or k % 2 == 0 or k > MAX_KERNEL:
             raise ValueError(
-                f"{op}: expected weights[{i}] of shape ({channels}, 1, k, k) with k of 1, 3, 5 or "
+                f"{op}: expected {name}[{i}] of shape ({channels}, 1, k, k) with k of 1, 3, 5 or "
                 f"7, but got {list(w.shape)}"
             )
         if w.device != x.device:
-            raise ValueError(
-                f"{op}: expected weights[{i}] on {x.device} like x, but got {w.device}"
-            )
+            raise ValueError(f"{op}: expected {name}[{i}] on {x.device} like x, but got {w.device}")
         if not 1 <= dilations[i] <= MAX_DILATION:
             raise ValueError(
                 f"{op}: expected dilations of 1 to 2^20, but dilations[{i}] is {dilations[i]}"

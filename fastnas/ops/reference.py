@@ -222,6 +222,51 @@ def batch_norm_depthwise(
     return [y.to(x.dtype) for y in ys], mean, var
 
 
+def separable_group(
+    x: Tensor,
+    kind: int,
+    eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """ReLU, depthwise and pointwise convolutions: a half of ``SepConv``, or ``DilConv``.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        kind: of the norm before the ReLU; ``PLAIN`` for none.
+        eps: see :func:`batch_norm_depthwise`, also for the arguments up to ``running_var``.
+        gamma: see ``eps``.
+        beta: see ``eps``.
+        running_mean: see ``eps``.
+        running_var: see ``eps``.
+        depthwise: a ``(C, 1, k, k)`` for each convolution, k odd.
+        pointwise: a ``(C, C, 1, 1)`` for each.
+        dilations: one for each.
+        stride: of all depthwise convolutions.
+
+    Returns:
+        For each ``(N, C, ceil(H / stride), ceil(W / stride))``; mean and biased variance that were
+        used, empty without a norm.
+    """
+    acc = accumulate_dtype(x.dtype)
+    if kind == PLAIN:
+        mean = var = x.new_empty(0, dtype=acc)
+        hs = depthwise_group(x.to(acc), depthwise, dilations, stride, True)
+    else:
+        hs, mean, var = batch_norm_depthwise(
+            x.to(acc), kind, eps, gamma, beta, running_mean, running_var, depthwise, dilations,
+            stride,
+        )  # fmt: skip
+    ys = [F.conv2d(h, p.to(acc)).to(x.dtype) for h, p in zip(hs, pointwise, strict=True)]
+    return ys, mean, var
+
+
 # --- path sampling
 
 _MASK = 0xFFFFFFFF

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+// Depthwise convolutions of one source, each with the pointwise convolution behind it: what lies between the two is
+// made where it is used, forward and backward, and never leaves the cache.
+//
+// A unit here is what a pointwise convolution has to see at once: a slab of rows of all groups of planes of an image,
+// or, where an image has fewer channels than a vector lanes, of the images of one group. Other counts of channels would
+// need lanes that stay empty; they are left to a composition (fits()).
+#pragma once
+#include "depthwise_group.h"
+
+namespace fastnas {
+
+template <typename T>
+class Separable : Depthwise<T> {
+  using Base = Depthwise<T>;
+  using Base::distance, Base::group_, Base::inputs_, Base::kernels_, Base::L_, Base::outputs_;
+  using Base::g_, Base::x_;
+  using Base::output_, Base::slab_, Base::slabs_, Base::tables_, Base::taps_, Base::units_;
+  using typename Base::Rows;
+
+ public:
+  using acc_t = acc_type<T>;
+  using Weights = std::vector<const acc_t*>;
+  using Sums = std::vector<std::vector<double>>;
+
+  static bool fits(int64_t channels) {
+    const int64_t lanes = plane_kernels<T>().lanes;
+    return channels > 0 && (channels % lanes == 0 || lanes % channels == 0);
+  }
+
+  Separable(const DepthwiseGroup& group, bool columns, const Source& source)
+      : Base(group, columns, source), groups_(tables_), blocks_(units_ / tables_) {}
+
+  // depthwise[i]: (C, k, k); pointwise[i]: (C, C); ys[i]: (N, C, oh, ow).
+  void forward(const T* x, const Weights& depthwise, const Weights& pointwise,
+               const std::vector<T*>& ys) const {
+    const AlignedVector<acc_t> taps = this->weight_table(outputs_, depthwise);
+    const AlignedVector<acc_t> matrices = matrix_table(pointwise, false);
+    parallel(blocks_, 1, [&](int64_t begin, int64_t end) {
+      Buffers b(*this, false);
+      for (int64_t block = begin; block < end; ++block) {
+        load_source(x, block, b);
+        for (const Phase& p : outputs_)
+          write_output(p, b, taps.data(), matrices.data() + p.convolution * matrix_size(), block,
+                       ys[p.convolution]);
+      }
+    });
+  }
+
+  // grads[i] is null where the output has no gradient, dx where it is not needed; the gradients of weights are empty
+  // where they are not.
+  void backward(const std::vector<const T*>& grads, const T* x, const Weights& depthwise,
+                const Weights& pointwise, T* dx, Sums& ddepthwise, Sums& dpointwise) const {
+    const Tables tables{this->weight_table(outputs_, depthwise),
+                        this->weight_table(inputs_, depthwise), matrix_table(pointwise, true)};
+    const int64_t row = groups_ * taps_ * L_ + group_.size() * matrix_size();
+    const int64_t each = blocks_per_task(row), tasks = (blocks_ + each - 1) / each;
+    std::vector<double> partial(tasks * row);
+    parallel(tasks, each, [&](int64_t begin, int64_t end) {
+      Buffers b(*this, true);
+      AlignedVector<acc_t> running(row);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t last = std::min((task + 1) * each, blocks_);
+        int64_t pending = 0;
+        for (int64_t block = task * each; block < last; ++block) {
+          differentiate(grads, x, tables, dx, ddepthwise, dpointwise, block, b, running.data());
+          pending += slab_ * group_.ow;
+          if (pending < kSumPixels && block + 1 < last) continue;
+          pending = 0;
+          double* total = partial.data() + task * row;
+          for (int64_t i = 0; i < row; ++i) total[i] += running[i];
+          std::fill_n(running.data(), row, acc_t{});
+        }
+      }
+    });
+    // Task by task: the order is the same for every number of threads.
+    for (int64_t task = 1; task < tasks; ++task)
+      for (int64_t i = 0; i < row; ++i) partial[i] += partial[task * row + i];
+    this->distribute(partial.data(), ddepthwise);
+    distribute_matrices(partial.data() + groups_ * taps_ * L_, dpointwise);
+  }
+
+ private:
+  using Vector = AlignedVector<acc_t>;
+
+  struct Tables {
+    Vector outputs, inputs, matrices;
+  };
+
+  // Of all groups of a block: frames of x and of the gradient between the convolutions, rows of an output's gradient
+  // with those around it, strips of what is between the convolutions and of an output.
+  struct Buffers {
+    std::vector<Vector> x, dx;
+    Vector h, g, strip, out;
+    AlignedVector<T> scratch;
+
+    Buffers(const Separable& s, bool backward)
+        : x(s.groups_, Vector(s.x_.elements())),
+          dx(backward ? s.groups_ : 0, Vector(s.x_.rows * s.group_.W * s.L_)),
+          h(backward ? s.groups_ * s.g_.elements() : 0),
+          g(backward ? s.groups_ * s.gradient_size() : 0),
+          strip(s.groups_ * s.strip_size()),
+          out(backward ? 0 : s.groups_ * s.strip_size()),
+          scratch(std::max(kStagePixels, std::max(s.group_.W, s.group_.ow)) * s.L_) {}
+  };
+
+  int64_t strip_rows() const { return this->staged_rows(group_.ow); }
+  int64_t strip_size() const { return strip_rows() * group_.ow * L_; }
+  int64_t gradient_size() const { return (g_.rows + 2 * g_.border) * group_.ow * L_; }
+  int64_t matrix_size() const { return groups_ * group_.C * L_; }
+
+  // The unit that depthwise convolutions know.
+  int64_t unit(int64_t block, int64_t q) const {
+    return (block / slabs_ * groups_ + q) * slabs_ + block % slabs_;
+  }
+
+  // As PlaneKernels::multiply takes them; transposed for the gradients of what is multiplied.
+  Vector matrix_table(const Weights& pointwise, bool transposed) const {
+    const int64_t C = group_.C;
+    Vector out;
+    out.reserve(group_.size() * matrix_size());
+    for (const acc_t* w : pointwise)
+      for (int64_t q = 0; q < groups_; ++q)
+        for (int64_t c = 0; c < C; ++c)
+          for (int64_t l = 0; l < L_; ++l) {
+            const int64_t row = (q * L_ + l) % C;
+            out.push_back(transposed ? w[c * C + row] : w[row * C + c]);
+          }
+    return out;
+  }
+
+  void load_source(const T* x, int64_t block, Buffers& b) const {
+    for (int64_t q = 0; q < groups_; ++q) Base::load_source(x, unit(block, q), b.x[q], b.scratch);
+  }
+
+  // Rows of what is between the convolutions, into the strip.
+  void convolve(const Phase& p, const acc_t* taps, int64_t row, int64_t rows, Buffers& b) const {
+    const int64_t s = group_.stride, ow = group_.ow, x_row = x_.offset(s, 0);
+    for (int64_t q = 0; q < groups_; ++q)
+      kernels_.convolve[s - 1](b.x[q].data() + x_.inside() + row * x_row, x_row, p.offsets.data(),
+                               taps + (q * taps_ + p.first) * L_, p.size(),
+                               b.strip.data() + q * strip_size(), ow * L_, L_, rows, ow, false);
+  }
+
+  void write_output(const Phase& p, Buffers& b, const acc_t* taps, const acc_t* matrix,
+                    int64_t block, T* y) const {
+    const int64_t ow = group_.ow, C = group_.C, rows = this->rows_of(block);
+    const int64_t first = block % slabs_ * slab_, plane = block / slabs_ * groups_ * L_;
+    const auto multiply = [&](int64_t n, acc_t* to, int64_t group, int64_t step) {
+      kernels_.multiply(b.strip.data(), strip_size(), 0, matrix, C, to, group, 0, step, 1, n * ow);
+    };
+    for (int64_t r = 0; r < rows; r += strip_rows()) {
+      const int64_t n = std::min(strip_rows(), rows - r);
+      convolve(p, taps, r, n, b);
+      if constexpr (std::is_same_v<T, acc_t>)
+        if (output_.columns && C % L_ == 0) {  // vectors of a pixel follow each other in memory
+          multiply(n, y + (plane / C * group_.oh + first + r) * ow * C, L_, C);
+          continue;
+        }
+      multiply(n, b.out.data(), strip_size(), L_);
+      for (int64_t q = 0; q < groups_; ++q)
+        kernels_.unpack(output_, b.out.data() + q * strip_size(), plane + q * L_, first + r, n, y,
+                        b.scratch.data());
+    }
+  }
+
+  void differentiate(const std::vector<const T*>& grads, const T* x, const Tables& tables, T* dx,
+                     const Sums& ddepthwise, const Sums& dpointwise, int64_t block, Buffers& b,
+                     acc_t* sums) const {
+    const int64_t s = group_.stride, rows = this->rows_of(block);
+    const int64_t height = std::min(s * slab_, group_.H - block % slabs_ * slab_ * s);
+    load_source(x, block, b);
+    for (int64_t q = 0; dx && q < groups_; ++q)
+      std::fill_n(b.dx[q].data(), height * group_.W * L_, acc_t{});
+    for (const Phase& p : outputs_) {
+      const int64_t i = p.convolution;
+      const bool between = dx || !ddepthwise[i].empty(), matrix = !dpointwise[i].empty();
+      if (!grads[i] || (!between && !matrix)) continue;
+      const Rows loaded = load_gradient(grads[i], block, b);
+      if (matrix)
+        add_matrix(p, tables.outputs.data(), block, loaded, b,
+                   sums + groups_ * taps_ * L_ + i * matrix_size());
+      if (!between) continue;
+      multiply_transposed(tables.matrices.data() + i * matrix_size(), loaded, b);
+      for (int64_t q = 0; q < groups_; ++q) {
+        const acc_t* h = b.h.data() + q * g_.elements() + g_.inside();
+        if (!ddepthwise[i].empty())
+          kernels_.correlate[s - 1](h, g_.offset(1, 0), b.x[q].data() + x_.inside(),
+                                    x_.offset(s, 0), p.offsets.data(), p.size(),
+                                    sums + (q * taps_ + p.first) * L_, rows, group_.ow);
+        if (dx) this->add_gradient(i, h, tables.inputs.data() + q * taps_ * L_, height, b.dx[q]);
+      }
+    }
+    for (int64_t q = 0; dx && q < groups_; ++q)
+      this->store_gradient(b.x[q], b.dx[q], unit(block, q), dx, b.scratch);
+  }
+
+  // The rows of a block and those around it that the border asks for, without gaps.
+  Rows load_gradient(const T* g, int64_t block, Buffers& b) const {
+    const Rows rows = this->rows_loaded(g_, output_, block, 1);
+    for (int64_t q = 0; q < groups_; ++q)
+      kernels_.pack(output_, g, unit(block, q) / slabs_ * L_, rows.first, rows.last - rows.first,
+                    b.g.data() + q * gradient_size(), group_.ow, false, b.scratch.data());
+    return rows;
+  }
+
+  // The gradient of what is between the convolutions, inside its frames.
+  void multiply_transposed(const acc_t* matrix, const Rows& rows, Buffers& b) const {
+    const int64_t size = g_.elements(), ow = group_.ow;
+    for (int64_t q = 0; q < groups_; ++q) this->clear_outside(g_, rows, b.h.data() + q * size);
+    kernels_.multiply(b.g.data(), gradient_size(), ow * L_, matrix, group_.C,
+                      b.h.data() + g_.offset(rows.first - rows.top, g_.border), size,
+                      g_.offset(1, 0), L_, rows.last - rows.first, ow);
+  }
+
+  // Adds the gradient of a pointwise convolution, whose input is convolved once more.
+  void add_matrix(const Phase& p, const acc_t* taps, int64_t block, const Rows& loaded, Buffers& b,
+                  acc_t* sums) const {
+    const int64_t ow = group_.ow, rows = this->rows_of(block);
+    const acc_t* g = b.g.data() + (block % slabs_ * slab_ - loaded.first) * ow * L_;
+    for (int64_t r = 0; r < rows; r += strip_rows()) {
+      const int64_t n = std::min(strip_rows(), rows - r);
+      convolve(p, taps, r, n, b);
+      kernels_.outer(g + r * ow * L_, gradient_size(), b.strip.data(), strip_size(), group_.C, sums,
+                     n * ow);
+    }
+  }
+
+  // Neighbouring blocks, as many as leave the sums of all tasks a bounded size.
+  int64_t blocks_per_task(int64_t row) const {
+    const int64_t most = std::clamp<int64_t>(kSums / row, 16, kSumTasks);
+    return std::max((blocks_ + most - 1) / most,
+                    std::max<int64_t>(kSumPixels / (slab_ * group_.ow), 1));
+  }
+
+  void distribute_matrices(const double* from, Sums& dws) const {
+    const int64_t C = group_.C;
+    for (std::vector<double>& dw : dws)
+      for (int64_t q = 0; q < groups_; ++q)
+        for (int64_t c = 0; c < C; ++c)
+          for (int64_t l = 0; l < L_; ++l, ++from)
+            if (!dw.empty()) dw[(q * L_ + l) % C * C + c] += *from;
+  }
+
+  template <typename F>
+  void parallel(int64_t tasks, int64_t blocks, F&& f) const {
+    const int64_t work = groups_ * (taps_ + group_.size() * group_.C);
+    const int64_t each = blocks * slab_ * group_.ow * std::max<int64_t>(work, 1);
+    at::parallel_for(0, tasks, std::max<int64_t>(Base::kGrain / each, 1), f);
+  }
+
+  int64_t groups_, blocks_;
+};
+
+}  // namespace fastnas

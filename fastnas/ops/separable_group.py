@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All separable convolutions of one source, with the BatchNorm and ReLU before them, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnas._extension import has_kernels
+from fastnas.ops import reference
+from fastnas.ops._common import (
+    autocast_dtype,
+    check_devices,
+    differentiate,
+    fake_like,
+    memory_format,
+)
+from fastnas.ops._norms import Norm, gather_norms, update_running_statistics
+from fastnas.ops.depthwise_group import check_depthwise
+from fastnas.ops.reference import PLAIN, RUNNING
+
+_OP = "separable_group"
+
+
+def separable_group(
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int = 1,
+    norm: Norm | None = None,
+    training: bool | None = None,
+) -> list[Tensor]:
+    """ReLU, depthwise and pointwise convolution: what DARTS' candidates are made of.
+
+    Equivalent to ``[F.conv2d(F.conv2d(h, w, None, stride, d * (k // 2), d, groups=C), p) for w, p,
+    d in zip(depthwise, pointwise, dilations)]`` with ``h = relu(x)``, or ``relu(norm(x))``: a
+    dilated convolution and either half of a separable one (arXiv 1806.09055, section 3.1). The
+    backward keeps ``x``, two numbers a channel and the weights: neither ``h`` nor what is between
+    the convolutions is stored. It gives ``dx`` once, summed over all of them. Sums are taken in
+    float32 (float64 for float64 inputs). Under autocast ``x`` is cast as ``F.conv2d`` would, and
+    behind a norm the outputs have the dtype that ``F.conv2d``'s would have.
+
+    The fused CPU kernels serve numbers of channels that are multiples or divisors of the lanes of a
+    vector (16, 8 or 4 float32); for others, and on CUDA, what is between the convolutions exists
+    while they run.
+
+    Args:
+        x: ``(N, C, H, W)``, floating-point.
+        depthwise: 1 to 64 tensors ``(C, 1, k, k)``, k of 1, 3, 5 or 7.
+        pointwise: as many tensors ``(C, C, 1, 1)``.
+        dilations: of the depthwise convolutions.
+        stride: 1 or 2, of all depthwise convolutions.
+        norm: a ``BatchNorm2d`` of C channels before the ReLU. In training its running statistics
+            and counter are updated once, as calling it would.
+        training: overrides ``norm.training``.
+
+    Returns:
+        For each pair of weights a tensor ``(N, C, ceil(H / stride), ceil(W / stride))`` in the
+        memory format of ``x`` and, without autocast, in its dtype.
+
+    Raises:
+        ValueError: shapes, counts, dilations or strides other than these; one value per channel in
+            training.
+        TypeError: ``x`` or a weight is not a floating-point tensor, or ``norm`` no BatchNorm.
+    """
+    check_depthwise(_OP, x, depthwise, dilations, stride, "depthwise")
+    _check_pointwise(x, depthwise, pointwise)
+    dtype = autocast_dtype(x)
+    kind, eps, updates = PLAIN, 0.0, None
+    arguments: list[Tensor | None] = [None] * 4
+    if norm is not None:
+        n = gather_norms(_OP, [x], [norm], training)
+        kind, eps, updates = n.kinds[0], n.eps[0], n.updates
+        arguments = [(items[0] if items else None) for items in n[3:7]]
+    elif x.dtype != dtype:
+        x = x.to(dtype)
+    *ys, mean, var = SeparableGroup.apply(
+        kind, eps, list(dilations), stride, x, *arguments, *depthwise, *pointwise
+    )
+    if updates:
+        count = x.numel() // max(x.shape[1], 1)
+        update_running_statistics(updates, mean.unsqueeze(0), var.unsqueeze(0), count)
+    return [y if y.dtype == dtype else y.to(dtype) for y in ys]
+
+
+def _check_pointwise(x: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor]) -> None:
+    if isinstance(pointwise, Tensor):
+        raise TypeError(f"{_OP}: expected pointwise to be a list, but got Tensor")
+    if len(pointwise) != len(depthwise):
+        raise ValueError(
+            f"{_OP}: expected one pointwise weight per depthwise one, but got {len(depthwise)} "
+            f"depthwise and {len(pointwise)} pointwise"
+        )
+    shape = (x.shape[1], x.shape[1], 1, 1)
+    for i, w in enumerate(pointwise):
+        if not isinstance(w, Tensor):
+            raise TypeError(
+                f"{_OP}: expected pointwise[{i}] to be a tensor, but got {type(w).__name__}"
+            )
+        if not w.is_floating_point():
+            raise TypeError(
+                f"{_OP}: expected floating-point weights, but pointwise[{i}] is {w.dtype}"
+            )
+        if w.shape != shape or w.device != x.device:
+            raise ValueError(
+                f"{_OP}: expected pointwise[{i}] of shape {list(shape)} on {x.device}, but got "
+                f"{list(w.shape)} on {w.device}"
+            )
+
+
+class SeparableGroup(torch.autograd.Function):
+    """Autograd of :func:`separable_group`; second derivatives go through the reference."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        """The outputs, and the ``(C,)`` mean and biased variance that were used, empty for none."""
+        # One parameter for all: without gradients, torch.compile would take the first argument for
+        # ctx where there are as many arguments as parameters.
+        ctx, kind, eps, dilations, stride, x, gamma, beta, running_mean, running_var, *weights = (
+            arguments
+        )
+        count = len(dilations)
+        compute = (
+            torch.ops.fastnas.separable_group
+            if has_kernels(x.device.type)
+            else reference.separable_group
+        )
+        ys, mean, var = compute(
+            x, kind, eps, gamma, beta, running_mean, running_var, weights[:count], weights[count:],
+            dilations, stride,
+        )  # fmt: skip
+        # Not the running statistics: a training step may move them before the backward.
+        ctx.save_for_backward(x, mean, var, gamma, beta, *weights)
+        ctx.kind, ctx.eps, ctx.dilations, ctx.stride = kind, eps, dilations, stride
+        ctx.format = memory_format(x)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return (*ys, mean, var)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x``, of the affine parameters and of the weights that ask for one."""
+        x, mean, var, gamma, beta, *weights = ctx.saved_tensors
+        count = len(ctx.dilations)
+        need_x, need_gamma, need_beta, _, _, *need_weights = ctx.needs_input_grad[4:]
+        present = [g is not None for g in grads[:-2]]
+        given = [g for g in grads[:-2] if g is not None]
+        # What has no gradient has none here either: autograd tells it from zeros.
+        need_weights = [n and p for n, p in zip(need_weights, present * 2, strict=True)]
+        if not given or not any((need_x, need_gamma, need_beta, *need_weights)):
+            return (None,) * len(ctx.needs_input_grad)
+        kind, eps, dilations, stride = ctx.kind, ctx.eps, ctx.dilations, ctx.stride
+        if torch.is_grad_enabled() or not has_kernels(given[0].device.type):
+            affine = [] if gamma is None else [gamma, beta]
+            needs = [need_x, *([need_gamma, need_beta] if affine else []), *need_weights]
+
+            def composite(x: Tensor, *tensors: Tensor) -> list[Tensor]:
+                scale, shift = tensors[:2] if affine else (None, None)
+                rest = tensors[2:] if affine else tensors
+                running = kind == RUNNING
+                ys, *_ = reference.separable_group(
+                    x, kind, eps, scale, shift, mean if running else None, var if running else None,
+                    rest[:count], rest[count:], dilations, stride,
+                )  # fmt: skip
+                return [y for y, p in zip(ys, present, strict=True) if p]
+
+            dx, *more = differentiate(composite, (x, *affine, *weights), needs, given)
+            dgamma, dbeta = more[:2] if affine else (None, None)
+            dws = more[2:] if affine else more
+            return (None,) * 4 + (dx, dgamma, dbeta, None, None, *dws)
+        given = [g.contiguous(memory_format=ctx.format) for g in given]
+        dx, ddepthwise, dpointwise, dgamma, dbeta = torch.ops.fastnas.separable_group_backward(
+            given, present, x, mean, var, kind, eps, gamma, beta, weights[:count], weights[count:],
+            dilations, stride, need_x, need_gamma or need_beta, need_weights[:count],
+            need_weights[count:],
+        )  # fmt: skip
+        items = iter([*ddepthwise, *dpointwise])
+        return (
+            *(None,) * 4,
+            dx if need_x else None,
+            dgamma.view(-1).to(gamma.dtype) if need_gamma else None,
+            dbeta.view(-1).to(beta.dtype) if need_beta else None,
+            None,
+            None,
+            *(next(items) if need else None for need in need_weights),
+        )
+
+
+@torch.library.register_fake("fastnas::separable_group")
+def _(
+    x: Tensor,
+    kind: int,
+    eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    depthwise: list[Tensor],
+    pointwise: list[Tensor],
+    dilations: list[int],
+    stride: int,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    optional = [t for t in (gamma, beta, running_mean, running_var) if t is not None]
+    check_devices(_OP, x, *optional, *depthwise, *pointwise)
+    n, c, *space = x.shape
+    shape = (n, c, *((size + stride - 1) // stride for size in space))
+    mean = x.new_empty(c if kind != PLAIN else 0, dtype=reference.accumulate_dtype(x.dtype))
+    return [fake_like(x, x.dtype, shape) for _ in depthwise], mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("fastnas::separable_group_backward")
+def _(
+    grads: list[Tensor],
+    present: list[bool],
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    kind: int,
+    eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    depthwise: list[Tensor],
+    pointwise: list[Tensor],
+    dilations: list[int],
+    stride: int,
+    need_x: bool,
+    need_norm: bool,
+    need_depthwise: list[bool],
+    need_pointwise: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+    optional = [t for t in (gamma, beta) if t is not None]
+    check_devices(f"{_OP}_backward", x, mean, var, *grads, *optional, *depthwise, *pointwise)
+    dx = fake_like(x, grads[0].dtype) if need_x else grads[0].new_empty(0)
+    ddepthwise, dpointwise = (
+        [w.new_empty(w.shape) for w, need in zip(weights, needs, strict=True) if need]
+        for weights, needs in ((depthwise, need_depthwise), (pointwise, need_pointwise))
+    )
+    rows = int(gamma is not None and kind != PLAIN and (need_x or need_norm))
+    dgamma = x.new_empty(rows, x.shape[1], dtype=reference.accumulate_dtype(grads[0].dtype))
+    return dx, ddepthwise, dpointwise, dgamma, torch.empty_like(dgamma)
