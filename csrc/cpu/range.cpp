@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "range.h"
 
+#include <type_traits>
+
 #include "capability.h"
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -1,26 +1,54 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bodies of range.h for one instruction set. Memory-bound by design: every operand is read once, kRows vectors share
-// a load of their coefficients.
+// Bodies of range.h for one instruction set. Memory-bound by design: every operand is read once. A few operands at a
+// time are read through a chunk that what they are added to or multiplied by stays in the first-level cache for: dozens
+// of streams side by side are more than a processor fetches ahead of.
 
 constexpr int kRows = 4;
+constexpr int64_t kChunkElements = 1024;
 
-template <typename T, int R>
-inline void combine_rows(const T* const* xs, int64_t K, T* y, int64_t at, const acc_type<T>* coef,
-                         const acc_type<T>* bias, int64_t L) {
+// Whole tables of L that a chunk has, of those that n elements have.
+inline int64_t chunk_of(int64_t n, int64_t L) {
+  const int64_t most = kChunkElements / L > 1 ? kChunkElements / L : 1, whole = n / L;
+  return (most < whole ? most : whole) * L;
+}
+
+// to = from + sum of G operands over R tables of L; from repeats itself if it is a table.
+template <typename T, int G, int R, typename From, typename To>
+inline void combine_rows(const T* const* xs, int64_t at, const From* from, int64_t from_row, To* to,
+                         const acc_type<T>* coef, int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
   for (int64_t v = 0; v < L; v += Ln::kLanes) {
     V sum[R];
-    const V start = bias ? A::load(bias + v) : V{};
-    for (int r = 0; r < R; ++r) sum[r] = start;
-    for (int64_t k = 0; k < K; ++k) {
+    for (int r = 0; r < R; ++r) sum[r] = from ? Lane<From>::load(from + v + r * from_row) : V{};
+    for (int k = 0; k < G; ++k) {
       const V a = A::load(coef + k * L + v);
       const T* x = xs[k] + at + v;
       for (int r = 0; r < R; ++r) sum[r] += a * Ln::load(x + r * L);
     }
-    for (int r = 0; r < R; ++r) Ln::store(y + at + v + r * L, sum[r]);
+    for (int r = 0; r < R; ++r) Lane<To>::store(to + v + r * L, sum[r]);
   }
+}
+
+template <typename T, int G, typename From, typename To>
+inline void combine_chunk(const T* const* xs, int64_t at, int64_t n, const From* from,
+                          int64_t from_row, To* to, const acc_type<T>* coef, int64_t L) {
+  int64_t i = 0;
+  for (; n - i >= kRows * L; i += kRows * L, from += from ? kRows * from_row : 0)
+    combine_rows<T, G, kRows>(xs, at + i, from, from_row, to + i, coef, L);
+  for (; n - i >= L; i += L, from += from ? from_row : 0)
+    combine_rows<T, G, 1>(xs, at + i, from, from_row, to + i, coef, L);
+}
+
+// The last operands of a chunk, at most kRows, whose sum goes to y.
+template <typename T, typename From>
+inline void combine_last(int64_t K, const T* const* xs, int64_t at, int64_t n, const From* from,
+                         int64_t from_row, T* y, const acc_type<T>* coef, int64_t L) {
+  if (K == 1) return combine_chunk<T, 1>(xs, at, n, from, from_row, y, coef, L);
+  if (K == 2) return combine_chunk<T, 2>(xs, at, n, from, from_row, y, coef, L);
+  if (K == 3) return combine_chunk<T, 3>(xs, at, n, from, from_row, y, coef, L);
+  combine_chunk<T, 4>(xs, at, n, from, from_row, y, coef, L);
 }
 
 template <typename T>
@@ -28,10 +56,30 @@ void combine(const T* const* xs, int64_t K, T* y, int64_t n, const acc_type<T>* 
              const acc_type<T>* bias, int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
-  int64_t at =
-      0;  // no division: a plane may be as short as a vector, and there are thousands of them
-  for (; n - at >= kRows * L; at += kRows * L) combine_rows<T, kRows>(xs, K, y, at, coef, bias, L);
-  for (; n - at >= L; at += L) combine_rows<T, 1>(xs, K, y, at, coef, bias, L);
+  int64_t at = 0;
+  // Longer tables than a chunk leave no room for sums on the way: all operands at once.
+  const int64_t group = L <= kChunkElements ? kRows : K;
+  while (n - at >= L) {
+    const int64_t m = chunk_of(n - at, L);
+    if (group < K) {
+      alignas(64) acc_type<T> sums[kChunkElements];
+      combine_chunk<T, kRows>(xs, at, m, bias, 0, sums, coef, L);
+      int64_t k = kRows;
+      for (; K - k > kRows; k += kRows)
+        combine_chunk<T, kRows>(xs + k, at, m, sums, L, sums, coef + k * L, L);
+      combine_last(K - k, xs + k, at, m, sums, L, y + at, coef + k * L, L);
+    } else if (K <= kRows) {
+      combine_last(K, xs, at, m, bias, 0, y + at, coef, L);
+    } else {
+      for (int64_t v = 0; v < m; v += Ln::kLanes) {
+        typename Ln::V sum{};
+        if (bias) sum = A::load(bias + v);
+        for (int64_t k = 0; k < K; ++k) sum += A::load(coef + k * L + v) * Ln::load(xs[k] + at + v);
+        Ln::store(y + at + v, sum);
+      }
+    }
+    at += m;
+  }
   for (int64_t v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes) {
     const int64_t m = n - at < Ln::kLanes ? n - at : Ln::kLanes;
     typename Ln::V sum{};
@@ -42,28 +90,27 @@ void combine(const T* const* xs, int64_t K, T* y, int64_t n, const acc_type<T>* 
 }
 
 template <typename T, int R>
-inline void reduce_rows(const T* g, const T* const* xs, int64_t K, int64_t at,
-                        const acc_type<T>* centre, acc_type<T>* sums, acc_type<T>* dots,
-                        int64_t L) {
+inline void sum_rows(const T* x, acc_type<T>* sums, int64_t L) {
+  using Ln = Lane<T>;
+  using A = Lane<acc_type<T>>;
+  for (int64_t v = 0; v < L; v += Ln::kLanes) {
+    typename Ln::V s = Ln::load(x + v);
+    for (int r = 1; r < R; ++r) s += Ln::load(x + v + r * L);
+    A::store(sums + v, A::load(sums + v) + s);
+  }
+}
+
+template <typename T, int R>
+inline void dot_rows(const T* g, const T* x, const acc_type<T>* centre, acc_type<T>* dots,
+                     int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
   for (int64_t v = 0; v < L; v += Ln::kLanes) {
-    V gv[R];
-    for (int r = 0; r < R; ++r) gv[r] = Ln::load(g + at + v + r * L);
-    if (sums) {
-      V s = gv[0];
-      for (int r = 1; r < R; ++r) s += gv[r];
-      A::store(sums + v, A::load(sums + v) + s);
-    }
-    for (int64_t k = 0; k < K; ++k) {
-      if (!xs[k]) continue;
-      const V m = centre ? A::load(centre + k * L + v) : V{};
-      const T* x = xs[k] + at + v;
-      V d = gv[0] * (Ln::load(x) - m);
-      for (int r = 1; r < R; ++r) d += gv[r] * (Ln::load(x + r * L) - m);
-      A::store(dots + k * L + v, A::load(dots + k * L + v) + d);
-    }
+    const V m = centre ? A::load(centre + v) : V{};
+    V d = Ln::load(g + v) * (Ln::load(x + v) - m);
+    for (int r = 1; r < R; ++r) d += Ln::load(g + v + r * L) * (Ln::load(x + v + r * L) - m);
+    A::store(dots + v, A::load(dots + v) + d);
   }
 }
 
@@ -74,9 +121,21 @@ void reduce(const T* g, const T* const* xs, int64_t K, int64_t n, const acc_type
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
   int64_t at = 0;
-  for (; n - at >= kRows * L; at += kRows * L)
-    reduce_rows<T, kRows>(g, xs, K, at, centre, sums, dots, L);
-  for (; n - at >= L; at += L) reduce_rows<T, 1>(g, xs, K, at, centre, sums, dots, L);
+  while (n - at >= L) {
+    const int64_t end = at + chunk_of(n - at, L);
+    for (int64_t k = sums ? -1 : 0; k < K; ++k) {
+      if (k >= 0 && !xs[k]) continue;
+      const auto rows = [&](auto count, int64_t i) {
+        constexpr int R = decltype(count)::value;
+        if (k < 0) return sum_rows<T, R>(g + i, sums, L);
+        dot_rows<T, R>(g + i, xs[k] + i, centre ? centre + k * L : nullptr, dots + k * L, L);
+      };
+      int64_t i = at;
+      for (; end - i >= kRows * L; i += kRows * L) rows(std::integral_constant<int, kRows>{}, i);
+      for (; end - i >= L; i += L) rows(std::integral_constant<int, 1>{}, i);
+    }
+    at = end;
+  }
   for (int64_t v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes) {
     const int64_t m = n - at < Ln::kLanes ? n - at : Ln::kLanes;
     const V gv = load_first(g + at, m);  // zero past the end, so those lanes add nothing
@@ -90,29 +149,22 @@ void reduce(const T* g, const T* const* xs, int64_t K, int64_t n, const acc_type
   }
 }
 
+// x may be null: dx = a g.
 template <typename T, int R>
-inline void gradient_rows(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t at,
-                          const acc_type<T>* a, const acc_type<T>* b, const acc_type<T>* c,
-                          const acc_type<T>* centre, int64_t L) {
+inline void gradient_rows(const T* g, const T* x, T* dx, const acc_type<T>* a, const acc_type<T>* b,
+                          const acc_type<T>* c, const acc_type<T>* centre, int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
   for (int64_t v = 0; v < L; v += Ln::kLanes) {
-    V gv[R];
-    for (int r = 0; r < R; ++r) gv[r] = Ln::load(g + at + v + r * L);
-    for (int64_t k = 0; k < K; ++k) {
-      if (!dxs[k]) continue;
-      const V ak = A::load(a + k * L + v);
-      T* dx = dxs[k] + at + v;
-      if (xs[k]) {
-        const V bk = A::load(b + k * L + v), ck = A::load(c + k * L + v),
-                mk = A::load(centre + k * L + v);
-        const T* x = xs[k] + at + v;
-        for (int r = 0; r < R; ++r)
-          Ln::store(dx + r * L, ak * gv[r] + (bk * (Ln::load(x + r * L) - mk) + ck));
-      } else {
-        for (int r = 0; r < R; ++r) Ln::store(dx + r * L, ak * gv[r]);
-      }
+    const V av = A::load(a + v);
+    if (x) {
+      const V bv = A::load(b + v), cv = A::load(c + v), m = A::load(centre + v);
+      for (int r = 0; r < R; ++r)
+        Ln::store(dx + v + r * L,
+                  av * Ln::load(g + v + r * L) + (bv * (Ln::load(x + v + r * L) - m) + cv));
+    } else {
+      for (int r = 0; r < R; ++r) Ln::store(dx + v + r * L, av * Ln::load(g + v + r * L));
     }
   }
 }
@@ -125,9 +177,21 @@ void gradients(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
   int64_t at = 0;
-  for (; n - at >= kRows * L; at += kRows * L)
-    gradient_rows<T, kRows>(g, xs, dxs, K, at, a, b, c, centre, L);
-  for (; n - at >= L; at += L) gradient_rows<T, 1>(g, xs, dxs, K, at, a, b, c, centre, L);
+  while (n - at >= L) {
+    const int64_t end = at + chunk_of(n - at, L);
+    for (int64_t k = 0; k < K; ++k) {
+      if (!dxs[k]) continue;
+      const auto rows = [&](auto count, int64_t i) {
+        constexpr int R = decltype(count)::value;
+        gradient_rows<T, R>(g + i, xs[k] ? xs[k] + i : nullptr, dxs[k] + i, a + k * L, b + k * L,
+                            c + k * L, centre + k * L, L);
+      };
+      int64_t i = at;
+      for (; end - i >= kRows * L; i += kRows * L) rows(std::integral_constant<int, kRows>{}, i);
+      for (; end - i >= L; i += L) rows(std::integral_constant<int, 1>{}, i);
+    }
+    at = end;
+  }
   for (int64_t v = 0; at < n; at += Ln::kLanes, v += Ln::kLanes) {
     const int64_t m = n - at < Ln::kLanes ? n - at : Ln::kLanes;
     const V gv = load_first(g + at, m);
@@ -140,17 +204,6 @@ void gradients(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t
       }
       store_first(dxs[k] + at, out, m);
     }
-  }
-}
-
-template <typename T, int R>
-inline void sum_rows(const T* x, acc_type<T>* sums, int64_t L) {
-  using Ln = Lane<T>;
-  using A = Lane<acc_type<T>>;
-  for (int64_t v = 0; v < L; v += Ln::kLanes) {
-    typename Ln::V s = Ln::load(x + v);
-    for (int r = 1; r < R; ++r) s += Ln::load(x + v + r * L);
-    A::store(sums + v, A::load(sums + v) + s);
   }
 }
 
