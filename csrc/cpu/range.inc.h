@@ -6,6 +6,11 @@
 constexpr int kRows = 4;
 constexpr int64_t kChunkElements = 1024;
 
+template <typename T>
+inline void fetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // Whole tables of L that a chunk has, of those that n elements have.
 inline int64_t chunk_of(int64_t n, int64_t L) {
   const int64_t most = kChunkElements / L > 1 ? kChunkElements / L : 1, whole = n / L;
@@ -15,7 +20,7 @@ inline int64_t chunk_of(int64_t n, int64_t L) {
 // to = from + sum of G operands over R tables of L; from repeats itself if it is a table.
 template <typename T, int G, int R, typename From, typename To>
 inline void combine_rows(const T* const* xs, int64_t at, const From* from, int64_t from_row, To* to,
-                         const acc_type<T>* coef, int64_t L) {
+                         const acc_type<T>* coef, int64_t L, const T* const* next) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
@@ -25,6 +30,7 @@ inline void combine_rows(const T* const* xs, int64_t at, const From* from, int64
     for (int k = 0; k < G; ++k) {
       const V a = A::load(coef + k * L + v);
       const T* x = xs[k] + at + v;
+      for (int r = 0; r < R; ++r) fetch(next[k] + at + v + r * L);
       for (int r = 0; r < R; ++r) sum[r] += a * Ln::load(x + r * L);
     }
     for (int r = 0; r < R; ++r) Lane<To>::store(to + v + r * L, sum[r]);
@@ -33,22 +39,24 @@ inline void combine_rows(const T* const* xs, int64_t at, const From* from, int64
 
 template <typename T, int G, typename From, typename To>
 inline void combine_chunk(const T* const* xs, int64_t at, int64_t n, const From* from,
-                          int64_t from_row, To* to, const acc_type<T>* coef, int64_t L) {
+                          int64_t from_row, To* to, const acc_type<T>* coef, int64_t L,
+                          const T* const* next) {
   int64_t i = 0;
   for (; n - i >= kRows * L; i += kRows * L, from += from ? kRows * from_row : 0)
-    combine_rows<T, G, kRows>(xs, at + i, from, from_row, to + i, coef, L);
+    combine_rows<T, G, kRows>(xs, at + i, from, from_row, to + i, coef, L, next);
   for (; n - i >= L; i += L, from += from ? from_row : 0)
-    combine_rows<T, G, 1>(xs, at + i, from, from_row, to + i, coef, L);
+    combine_rows<T, G, 1>(xs, at + i, from, from_row, to + i, coef, L, next);
 }
 
 // The last operands of a chunk, at most kRows, whose sum goes to y.
 template <typename T, typename From>
 inline void combine_last(int64_t K, const T* const* xs, int64_t at, int64_t n, const From* from,
-                         int64_t from_row, T* y, const acc_type<T>* coef, int64_t L) {
-  if (K == 1) return combine_chunk<T, 1>(xs, at, n, from, from_row, y, coef, L);
-  if (K == 2) return combine_chunk<T, 2>(xs, at, n, from, from_row, y, coef, L);
-  if (K == 3) return combine_chunk<T, 3>(xs, at, n, from, from_row, y, coef, L);
-  combine_chunk<T, 4>(xs, at, n, from, from_row, y, coef, L);
+                         int64_t from_row, T* y, const acc_type<T>* coef, int64_t L,
+                         const T* const* next) {
+  if (K == 1) return combine_chunk<T, 1>(xs, at, n, from, from_row, y, coef, L, next);
+  if (K == 2) return combine_chunk<T, 2>(xs, at, n, from, from_row, y, coef, L, next);
+  if (K == 3) return combine_chunk<T, 3>(xs, at, n, from, from_row, y, coef, L, next);
+  combine_chunk<T, 4>(xs, at, n, from, from_row, y, coef, L, next);
 }
 
 template <typename T>
@@ -61,15 +69,21 @@ void combine(const T* const* xs, int64_t K, T* y, int64_t n, const acc_type<T>* 
   const int64_t group = L <= kChunkElements ? kRows : K;
   while (n - at >= L) {
     const int64_t m = chunk_of(n - at, L);
+    const T* ahead[kRows];  // operands that come after those being read
+    const auto next = [&](int64_t k) {
+      for (int64_t i = 0; i < kRows; ++i)
+        ahead[i] = k + kRows + i < K ? xs[k + kRows + i] : xs[i < K ? i : 0] + m;
+      return ahead;
+    };
     if (group < K) {
       alignas(64) acc_type<T> sums[kChunkElements];
-      combine_chunk<T, kRows>(xs, at, m, bias, 0, sums, coef, L);
+      combine_chunk<T, kRows>(xs, at, m, bias, 0, sums, coef, L, next(0));
       int64_t k = kRows;
       for (; K - k > kRows; k += kRows)
-        combine_chunk<T, kRows>(xs + k, at, m, sums, L, sums, coef + k * L, L);
-      combine_last(K - k, xs + k, at, m, sums, L, y + at, coef + k * L, L);
+        combine_chunk<T, kRows>(xs + k, at, m, sums, L, sums, coef + k * L, L, next(k));
+      combine_last(K - k, xs + k, at, m, sums, L, y + at, coef + k * L, L, next(k));
     } else if (K <= kRows) {
-      combine_last(K, xs, at, m, bias, 0, y + at, coef, L);
+      combine_last(K, xs, at, m, bias, 0, y + at, coef, L, next(0));
     } else {
       for (int64_t v = 0; v < m; v += Ln::kLanes) {
         typename Ln::V sum{};
@@ -101,12 +115,13 @@ inline void sum_rows(const T* x, acc_type<T>* sums, int64_t L) {
 }
 
 template <typename T, int R>
-inline void dot_rows(const T* g, const T* x, const acc_type<T>* centre, acc_type<T>* dots,
-                     int64_t L) {
+inline void dot_rows(const T* g, const T* x, const T* next, const acc_type<T>* centre,
+                     acc_type<T>* dots, int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
   for (int64_t v = 0; v < L; v += Ln::kLanes) {
+    for (int r = 0; r < R; ++r) fetch(next + v + r * L);
     const V m = centre ? A::load(centre + v) : V{};
     V d = Ln::load(g + v) * (Ln::load(x + v) - m);
     for (int r = 1; r < R; ++r) d += Ln::load(g + v + r * L) * (Ln::load(x + v + r * L) - m);
@@ -123,12 +138,16 @@ void reduce(const T* g, const T* const* xs, int64_t K, int64_t n, const acc_type
   int64_t at = 0;
   while (n - at >= L) {
     const int64_t end = at + chunk_of(n - at, L);
+    const auto next = [&](int64_t k) {
+      return k + 1 < K && xs[k + 1] ? xs[k + 1] : xs[k] + (end - at);
+    };
     for (int64_t k = sums ? -1 : 0; k < K; ++k) {
       if (k >= 0 && !xs[k]) continue;
       const auto rows = [&](auto count, int64_t i) {
         constexpr int R = decltype(count)::value;
         if (k < 0) return sum_rows<T, R>(g + i, sums, L);
-        dot_rows<T, R>(g + i, xs[k] + i, centre ? centre + k * L : nullptr, dots + k * L, L);
+        dot_rows<T, R>(g + i, xs[k] + i, next(k) + i, centre ? centre + k * L : nullptr,
+                       dots + k * L, L);
       };
       int64_t i = at;
       for (; end - i >= kRows * L; i += kRows * L) rows(std::integral_constant<int, kRows>{}, i);
@@ -151,14 +170,16 @@ void reduce(const T* g, const T* const* xs, int64_t K, int64_t n, const acc_type
 
 // x may be null: dx = a g.
 template <typename T, int R>
-inline void gradient_rows(const T* g, const T* x, T* dx, const acc_type<T>* a, const acc_type<T>* b,
-                          const acc_type<T>* c, const acc_type<T>* centre, int64_t L) {
+inline void gradient_rows(const T* g, const T* x, const T* next, T* dx, const acc_type<T>* a,
+                          const acc_type<T>* b, const acc_type<T>* c, const acc_type<T>* centre,
+                          int64_t L) {
   using Ln = Lane<T>;
   using A = Lane<acc_type<T>>;
   using V = typename Ln::V;
   for (int64_t v = 0; v < L; v += Ln::kLanes) {
     const V av = A::load(a + v);
     if (x) {
+      for (int r = 0; r < R; ++r) fetch(next + v + r * L);
       const V bv = A::load(b + v), cv = A::load(c + v), m = A::load(centre + v);
       for (int r = 0; r < R; ++r)
         Ln::store(dx + v + r * L,
@@ -179,12 +200,15 @@ void gradients(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t
   int64_t at = 0;
   while (n - at >= L) {
     const int64_t end = at + chunk_of(n - at, L);
+    const auto next = [&](int64_t k) {
+      return k + 1 < K && xs[k + 1] ? xs[k + 1] : xs[k] + (end - at);
+    };
     for (int64_t k = 0; k < K; ++k) {
       if (!dxs[k]) continue;
       const auto rows = [&](auto count, int64_t i) {
         constexpr int R = decltype(count)::value;
-        gradient_rows<T, R>(g + i, xs[k] ? xs[k] + i : nullptr, dxs[k] + i, a + k * L, b + k * L,
-                            c + k * L, centre + k * L, L);
+        gradient_rows<T, R>(g + i, xs[k] ? xs[k] + i : nullptr, next(k) + i, dxs[k] + i, a + k * L,
+                            b + k * L, c + k * L, centre + k * L, L);
       };
       int64_t i = at;
       for (; end - i >= kRows * L; i += kRows * L) rows(std::integral_constant<int, kRows>{}, i);
