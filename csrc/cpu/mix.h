@@ -77,8 +77,8 @@ class Mix {
     return out;
   }
 
-  // Mean and biased variance of every channel of each x that is not null: [K][C]. A task takes its mean first and the
-  // deviations from it while its values are still in the cache; tasks are folded in double.
+  // Mean and biased variance of every channel of each x that is not null: [K][C]. A task takes the mean of a sample of
+  // its values and then the deviations of all from it; tasks are folded in double.
   void statistics(const std::vector<const T*>& xs, std::vector<double>& mean,
                   std::vector<double>& var) const {
     const int64_t C = layout_.C, K = xs.size();
@@ -238,20 +238,32 @@ class Mix {
       for (int64_t l = 0; l < period_; ++l) out[c] += acc[c * tile + l];
   }
 
+  // How many of the first values of a task's channels (columns: elements) stand for all. A sixteenth: whatever the others
+  // are, the mean of the sample lies within four standard deviations of theirs, so that nothing cancels.
+  int64_t sample_of(const Range& r) const {
+    if (!layout_.columns)
+      return std::min(layout_.S, std::max<int64_t>((r.n1 - r.n0) * layout_.S / 16, 1));
+    const int64_t n = r.n1 - r.n0;
+    return n <= period_ ? n : std::max<int64_t>(n / 16 / period_, 1) * period_;
+  }
+
   // out[0 .. width): means of the task's channels; out[width ..): their sums of squared deviations.
   void task_statistics(const T* x, int64_t task, double* out) const {
     const Range r = range(task);
     const int64_t size = period_ * tiles();
     std::vector<acc_t> acc(size * 3);
     acc_t *centre = acc.data(), *first = centre + size, *second = first + size;
-    pieces(task, false, [&](int64_t begin, int64_t n, int64_t c, int64_t) {
-      kernels_.sums(x + begin, n, first + (layout_.columns ? 0 : (c - r.c0) * period_), period_);
+    const int64_t sample = sample_of(r);
+    pieces(task, false, [&](int64_t begin, int64_t n, int64_t c, int64_t slice) {
+      if (slice > (layout_.columns ? 0 : r.n0)) return;
+      kernels_.sums(x + begin, std::min(n, sample),
+                    first + (layout_.columns ? 0 : (c - r.c0) * period_), period_);
     });
     std::vector<double> total(width_), squares(width_);
     fold(first, period_, total.data());
     for (int64_t i = 0; i < size; ++i) {
       const int64_t c = layout_.columns ? i % layout_.C : i / period_;
-      centre[i] = static_cast<acc_t>(total[c] / r.values);
+      centre[i] = static_cast<acc_t>(total[c] * (layout_.columns ? layout_.C : 1) / sample);
       first[i] = 0;
     }
     pieces(task, false, [&](int64_t begin, int64_t n, int64_t c, int64_t) {
@@ -262,7 +274,7 @@ class Mix {
     fold(first, period_, total.data());
     fold(second, period_, squares.data());
     for (int64_t c = 0; c < r.c1 - r.c0; ++c) {
-      // What rounding left between the centre and the mean is put right by the sum of the deviations.
+      // What is left between the centre and the mean is put right by the sum of the deviations.
       const double off = total[c] / r.values;
       out[c] = centre[layout_.columns ? c : c * period_] + off;
       out[width_ + c] = squares[c] - off * total[c];
