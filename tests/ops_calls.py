@@ -103,6 +103,25 @@ def depthwise_group(device, layout="contiguous", dtype=torch.float32, shape=SHAP
     return Call([x, *weights, *grads], run)
 
 
+def separable_group(device, layout="contiguous", dtype=torch.float32, shape=SHAPE, stride=1):
+    channels, dilations = shape[1], (1, 2)
+    x = cases.make(shape, dtype, layout, device).requires_grad_()
+    sizes = [(channels, 1, 3, 3), (channels, 1, 5, 5), *[(channels, channels, 1, 1)] * 2]
+    weights = [
+        cases.make(size, dtype, device=device, seed=20 + i).div(channels).requires_grad_()
+        for i, size in enumerate(sizes)
+    ]
+    out = (*shape[:2], *((size + stride - 1) // stride for size in shape[2:]))
+    grads = [cases.make(out, dtype, layout, device, seed=30 + i) for i in range(2)]
+
+    def run(inputs):
+        x, weights, grads = inputs[0], inputs[1:5], inputs[5:]
+        ys = ops.separable_group(x, weights[:2], weights[2:], dilations, stride)
+        return [*ys, *torch.autograd.grad(ys, [x, *weights], grads)]
+
+    return Call([x, *weights, *grads], run)
+
+
 def sample_paths(device, two=True):
     logits = cases.make((9, 7), device=device).requires_grad_()
     counts = torch.tensor([7, 3, 1, 7, 2, 6, 5, 4, 7]).to(device)
@@ -137,5 +156,7 @@ CALLS = {
     "gate_gradient": gate_gradient,
     "depthwise_group": depthwise_group,
     "depthwise_group, stride 2": lambda device, **kw: depthwise_group(device, stride=2, **kw),
+    "separable_group": separable_group,
+    "separable_group, stride 2": lambda device, **kw: separable_group(device, stride=2, **kw),
     "sample_paths": lambda device, layout="", dtype=None, shape=SHAPE: sample_paths(device),
 }

@@ -42,6 +42,10 @@ def mixing_calls(count, shape, dtype, layout):
         norm = cases.make_norms(3, c)[2]
         (y,) = ops.batch_norm_depthwise(xs[0], norm, kernels[:1], [1])
         yield "batch_norm_depthwise", y, [xs[0], kernels[0], *norm.parameters()]
+    matrices = [cases.make((c, c, 1, 1), dtype, seed=70 + k).requires_grad_() for k in range(3)]
+    for stride in (1, 2):
+        ys = ops.separable_group(xs[0], kernels, matrices, [1, 1, 2], stride)
+        yield f"separable_group/{stride}", torch.stack(ys), [xs[0], *kernels, *matrices]
 
 
 def results():
@@ -94,6 +98,7 @@ def large_calls(layout):
     raw, need = torch.ops.fastnas, ([1, 1], True)
     backward = raw.partial_channel_mix_backward
     kernels = [torch.ones(16, 1, k, k) for k in (3, 5)]
+    matrices = [torch.ones(16, 16, 1, 1) for _ in kernels]
     return {
         "mixed_sum": lambda: ops.mixed_sum(xs, weights),
         "mixed_sum_backward": lambda: raw.mixed_sum_backward(grad, xs, weights, *need),
@@ -126,6 +131,26 @@ def large_calls(layout):
             1,
             True,
             False,
+            [1, 1],
+        ),
+        "separable_group": lambda: ops.separable_group(xs[0], kernels, matrices, [1, 2]),
+        "separable_group_backward": lambda: raw.separable_group_backward(
+            [grad, grad],
+            [1, 1],
+            xs[0],
+            table[0, :0],
+            table[0, :0],
+            0,
+            0.0,
+            None,
+            None,
+            kernels,
+            matrices,
+            [1, 2],
+            1,
+            True,
+            False,
+            [1, 1],
             [1, 1],
         ),
     }

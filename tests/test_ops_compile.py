@@ -143,6 +143,23 @@ def test_batch_norm_depthwise(affine, device):
     check_compiled(function, make, device)
 
 
+@pytest.mark.parametrize("affine", [None, False, True])
+def test_separable_group(affine, device):
+    def make(size, device):
+        x, *weights = (
+            cases.make(shape, device=device, seed=k).requires_grad_()
+            for k, shape in enumerate([(2, 4, size, 5), (4, 1, 3, 3), (4, 4, 1, 1)])
+        )
+        norm = None if affine is None else nn.BatchNorm2d(4, affine=affine).to(device)
+        parameters = [] if norm is None else list(norm.parameters())
+        return (x, norm, weights), [x, *weights, *parameters], [n for n in [norm] if n is not None]
+
+    def function(x, norm, weights):
+        return ops.separable_group(x * 2, weights[:1], weights[1:], [2], 1, norm)[0] * 3
+
+    check_compiled(function, make, device)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_without_gradients_any_number_of_candidates(count, device):
     """Where nothing asks for a gradient, the compiler inlines the Functions' forward."""
@@ -150,6 +167,7 @@ def test_without_gradients_any_number_of_candidates(count, device):
     x, w = cases.make((2, 12, 4, 5), device=device), torch.rand(count, device=device)
     norms = [nn.BatchNorm2d(3, affine=False).to(device) for _ in xs]
     kernel = cases.make((12, 1, 3, 3), device=device)
+    matrix = cases.make((12, 12, 1, 1), device=device)
 
     def function(x, xs, w):
         y = ops.mixed_batch_norm(xs, w, norms)
@@ -160,6 +178,7 @@ def test_without_gradients_any_number_of_candidates(count, device):
             ops.gate_gradient(y, xs, w),
             *ops.sample_paths(w.view(1, -1), 1, 2),
             *ops.depthwise_group(x, [kernel] * count, [1] * count),
+            *ops.separable_group(x, [kernel] * count, [matrix] * count, [1] * count),
         )
 
     for a, b in zip(compiled(function)(x, xs, w), function(x, xs, w), strict=True):
@@ -245,6 +264,7 @@ def samples(device):
     yield "nothing", "gate_gradient", (xs[0], [], w4.double(), [0] * 4)
     yield from depthwise_samples(device)
     yield from norm_depthwise_samples(device)
+    yield from separable_samples(device)
 
 
 def depthwise_samples(device):
@@ -295,6 +315,37 @@ def norm_depthwise_samples(device):
     yield "empty", "batch_norm_depthwise_backward", (*arguments, True, True, [1])
 
 
+def separable_samples(device):
+    """Arguments of the two ops of separable_group, with channels that are fused and others."""
+    for channels in (4, 3):
+        kernels = [cases.make((channels, 1, k, k), F32, device=device, seed=k) for k in (3, 5)]
+        square = (channels, channels, 1, 1)
+        matrices = [cases.make(square, F32, device=device, seed=k) for k in (3, 5)]
+        mean, var = torch.randn(channels, device=device), torch.rand(channels, device=device) + 0.5
+        for layout in ("contiguous", "channels_last", "sliced_last"):
+            for dtype in (F32, BF16):
+                for kind, stride in ((0, 1), (1, 1), (2, 2)):
+                    x = tensors(1, (2, channels, 6, 8), device, (dtype,), (layout,))[0]
+                    affine = (None, None) if kind < 2 else (var, mean)
+                    running = (None, None) if kind < 2 else (mean, var)
+                    used = (mean, var) if kind else (mean[:0], var[:0])
+                    name = f"{layout}-{cases.ids(dtype)}-{kind}-{channels}"
+                    tail = (kernels, matrices, [1, 2], stride)
+                    yield name, "separable_group", (x, kind, 0.1, *affine, *running, *tail)
+                    shape = (2, channels, 6 // stride, 8 // stride)
+                    grads = tensors(1, shape, device, (dtype,), (layout,))
+                    first = (grads, [0, 1], x, *used, kind, 0.1, *affine, *tail)
+                    needs = (True, True, [0, 1], [0, 1])
+                    yield name, "separable_group_backward", (*first, *needs)
+                    needs = (False, False, [0, 1], [0, 0])
+                    yield name, "separable_group_backward", (*first, *needs)
+        empty = tensors(1, (0, channels, 4, 5), device)[0]
+        tail = (kernels[:1], matrices[:1], [1], 1)
+        yield "empty", "separable_group", (empty, 1, 0.1, var, mean, None, None, *tail)
+        first = ([empty], [1], empty, mean, var, 1, 0.1, var, mean, *tail)
+        yield "empty", "separable_group_backward", (*first, True, True, [1], [1])
+
+
 OPS = (
     "mixed_sum",
     "mixed_sum_backward",
@@ -309,6 +360,8 @@ OPS = (
     "depthwise_group_backward",
     "batch_norm_depthwise",
     "batch_norm_depthwise_backward",
+    "separable_group",
+    "separable_group_backward",
 )
 
 

@@ -193,6 +193,11 @@ def calls(device):
         norm = cases.doubled(cases.make_norms(7, 3, device))[k]
         y = ops.batch_norm_depthwise(xs[0], norm, kernels, [2, 1], 2)[1]
         yield y, [xs[0], kernels[1], *norm.parameters()], [norm]
+    matrices = [cases.make((3, 3, 1, 1), torch.float64, device=device, seed=k) for k in (3, 5)]
+    matrices[1].requires_grad_()
+    for norm in (None, cases.doubled(cases.make_norms(7, 3, device))[2]):
+        y = ops.separable_group(xs[0], kernels, matrices, [2, 1], 2, norm)[1]
+        yield y, [xs[0], kernels[1], matrices[1]], [norm]
 
 
 def outcomes(device):

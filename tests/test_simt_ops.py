@@ -51,6 +51,7 @@ def simt():
         "depthwise_group",
         "ops_alignment",
         "batch_norm_depthwise",
+        "separable_group",
     ],
 )
 def test_passes_the_tests_of_the_op(op, simt):

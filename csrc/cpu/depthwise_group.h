@@ -52,11 +52,12 @@ class Depthwise {
  public:
   using acc_t = acc_type<T>;
 
-  Depthwise(const DepthwiseGroup& group, bool columns, const Source& source)
+  // channels: of the tensors, where those of the group fill up whole vectors of every image.
+  Depthwise(const DepthwiseGroup& group, bool columns, const Source& source, int64_t channels)
       : group_(group), kernels_(plane_kernels<T>()), relu_(source.relu), L_(kernels_.lanes) {
     const DepthwiseGroup& g = group;
-    source_ = {g.N * g.C, g.C, g.H, g.W, columns || g.H * g.W == 1};
-    output_ = {g.N * g.C, g.C, g.oh, g.ow, columns || g.oh * g.ow == 1};
+    source_ = {g.N * channels, channels, g.H, g.W, columns || g.H * g.W == 1};
+    output_ = {g.N * channels, channels, g.oh, g.ow, columns || g.oh * g.ow == 1};
     tables_ = std::lcm(g.C, L_) / L_;
     slab_ = std::clamp<int64_t>(kSlabPixels / g.ow, 1, g.oh);
     slabs_ = (g.oh + slab_ - 1) / slab_;
@@ -67,6 +68,9 @@ class Depthwise {
         for (int64_t l = 0; l < L_; ++l)
           normal_.push_back(static_cast<acc_t>((*values)[(j * L_ + l) % g.C]));
   }
+
+  Depthwise(const DepthwiseGroup& group, bool columns, const Source& source)
+      : Depthwise(group, columns, source, group.C) {}
 
   // ys[i]: (N, C, oh, ow); weights[i]: (C, k, k).
   void forward(const T* x, const std::vector<const acc_t*>& weights,
@@ -216,14 +220,40 @@ class Depthwise {
     std::fill(buffer + f.offset(rows.last - rows.top, 0), buffer + f.elements(), acc_t{});
   }
 
+  // Where the planes of a unit are: the L from `plane` on, of all or of those of one image.
+  struct Place {
+    Planes planes;
+    int64_t plane, offset;
+  };
+  Place place(const Planes& planes, int64_t unit) const {
+    const int64_t group = unit / slabs_, C = planes.C;
+    if (C == group_.C) return {planes, group * L_, 0};
+    const int64_t each = group_.C / L_, image = group / each;
+    return {{C, C, planes.H, planes.W, planes.columns},
+            group % each * L_,
+            image * C * planes.H * planes.W};
+  }
+
+  void pack(const Planes& planes, const T* x, int64_t unit, int64_t row, int64_t rows, acc_t* to,
+            int64_t pitch, bool relu, AlignedVector<T>& scratch) const {
+    const Place p = place(planes, unit);
+    kernels_.pack(p.planes, x + p.offset, p.plane, row, rows, to, pitch, relu, scratch.data());
+  }
+
+  void unpack(const Planes& planes, const acc_t* from, int64_t unit, int64_t row, int64_t rows,
+              T* y, AlignedVector<T>& scratch) const {
+    const Place p = place(planes, unit);
+    kernels_.unpack(p.planes, from, p.plane, row, rows, y + p.offset, scratch.data());
+  }
+
   // The rows of a unit and as many around them as the border has. Rows outside of the image are zeros.
   void load(const Frame& f, const Planes& planes, const T* from, int64_t unit, int64_t stride,
             bool relu, AlignedVector<acc_t>& buffer, AlignedVector<T>& scratch) const {
     const Rows rows = rows_loaded(f, planes, unit, stride);
     const auto [top, r0, r1] = rows;
     clear_outside(f, rows, buffer.data());
-    kernels_.pack(planes, from, unit / slabs_ * L_, r0, r1 - r0,
-                  buffer.data() + f.offset(r0 - top, f.border), f.pitch(), relu, scratch.data());
+    pack(planes, from, unit, r0, r1 - r0, buffer.data() + f.offset(r0 - top, f.border), f.pitch(),
+         relu, scratch);
   }
 
   void write_output(const Phase& p, Buffers& b, const acc_t* w, int64_t unit, T* y) const {
@@ -242,7 +272,7 @@ class Depthwise {
     for (int64_t r = 0; r < rows; r += step) {
       const int64_t n = std::min(step, rows - r);
       convolve(r, n, b.stage.data(), L_);
-      kernels_.unpack(output_, b.stage.data(), plane, row + r, n, y, b.scratch.data());
+      unpack(output_, b.stage.data(), unit, row + r, n, y, b.scratch);
     }
   }
 
@@ -285,8 +315,8 @@ class Depthwise {
     const int64_t height = std::min(s * slab_, group_.H - row), step = staged_rows(W);
     if (relu_) kernels_.mask(values.data(), x.data() + x_.inside(), x_.offset(1, 0), height, W);
     for (int64_t r = 0; r < height; r += step)
-      kernels_.unpack(source_, values.data() + r * W * L_, unit / slabs_ * L_, row + r,
-                      std::min(step, height - r), dx, scratch.data());
+      unpack(source_, values.data() + r * W * L_, unit, row + r, std::min(step, height - r), dx,
+             scratch);
   }
 
   // Neighbouring units, so that sums are not folded for every small image.

@@ -4,6 +4,7 @@
 #include "separable_group.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "../separable.h"
@@ -12,46 +13,87 @@
 
 namespace fastnas {
 
-std::vector<at::Tensor> depthwise_group_cpu(const at::Tensor& x, at::TensorList weights,
-                                            at::IntArrayRef dilations, int64_t stride, bool relu);
-std::tuple<at::Tensor, std::vector<at::Tensor>> depthwise_group_backward_cpu(
-    at::TensorList grads, at::IntArrayRef present, const at::Tensor& x, at::IntArrayRef size,
-    at::TensorList weights, at::IntArrayRef dilations, int64_t stride, bool relu, bool need_x,
-    at::IntArrayRef need_weights);
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> batch_norm_depthwise_cpu(
-    const at::Tensor& x, int64_t kind, double eps, const OptionalTensor& gamma,
-    const OptionalTensor& beta, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, at::TensorList weights, at::IntArrayRef dilations,
-    int64_t stride);
-std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor>
-batch_norm_depthwise_backward_cpu(at::TensorList grads, at::IntArrayRef present,
-                                  const at::Tensor& x, const at::Tensor& mean,
-                                  const at::Tensor& var, int64_t kind, double eps,
-                                  const OptionalTensor& gamma, const OptionalTensor& beta,
-                                  at::TensorList weights, at::IntArrayRef dilations, int64_t stride,
-                                  bool need_x, bool need_norm, at::IntArrayRef need_weights);
-
 namespace {
 
-struct CpuOps {
-  static constexpr auto depthwise_group = depthwise_group_cpu;
-  static constexpr auto depthwise_group_backward = depthwise_group_backward_cpu;
-  static constexpr auto batch_norm_depthwise = batch_norm_depthwise_cpu;
-  static constexpr auto batch_norm_depthwise_backward = batch_norm_depthwise_backward_cpu;
+// Weights in the dtype that sums are taken in, filled up to so many channels.
+template <typename T>
+struct Filled {
+  std::vector<at::Tensor> tensors;
+  std::vector<const acc_type<T>*> pointers;
+
+  Filled(at::TensorList weights, at::ScalarType acc, int64_t channels, bool square) {
+    for (const at::Tensor& w : weights) {
+      at::Tensor t = as_operand(w, acc, at::MemoryFormat::Contiguous);
+      if (w.size(0) != channels) {
+        std::vector<int64_t> shape = w.sizes().vec();
+        shape[0] = channels;
+        if (square) shape[1] = channels;
+        t = at::zeros(shape, t.options());
+        t.narrow(0, 0, w.size(0)).narrow(1, 0, w.size(1)).copy_(w);
+      }
+      tensors.push_back(t);
+    }
+    pointers = const_pointers<acc_type<T>>(tensors);
+  }
 };
 
-SeparableComposition<CpuOps> composition(const at::Tensor& x, const SourceNorm& norm,
-                                         at::TensorList depthwise, at::TensorList pointwise,
-                                         at::IntArrayRef dilations, int64_t stride) {
-  return {x, norm, depthwise, pointwise, dilations, stride, accumulate_dtype(x.scalar_type())};
+// Sums of filled weights, and what of them belongs to the weights themselves.
+struct FilledSums {
+  std::vector<std::vector<double>> values;
+
+  FilledSums(at::TensorList weights, at::IntArrayRef need, int64_t each) {
+    for (size_t i = 0; i < weights.size(); ++i)
+      values.emplace_back(need[i] ? each * weights[i].size(2) * weights[i].size(3) : 0);
+  }
+
+  // Rows of a filled matrix are `row` apart.
+  std::vector<at::Tensor> as_weights(at::TensorList weights, at::IntArrayRef need,
+                                     int64_t row) const {
+    std::vector<at::Tensor> out;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (!need[i]) continue;
+      const at::Tensor& w = weights[i];
+      const int64_t rows = w.size(0), n = rows ? w.numel() / rows : 0;
+      std::vector<double> mine;
+      for (int64_t r = 0; r < rows; ++r) {
+        const double* from = values[i].data() + r * (row ? row : n);
+        mine.insert(mine.end(), from, from + n);
+      }
+      out.push_back(from_doubles(mine, w.sizes(), w.options()));
+    }
+    return out;
+  }
+};
+
+std::vector<at::Tensor> zeros(at::TensorList weights, at::IntArrayRef need) {
+  std::vector<at::Tensor> out;
+  for (size_t i = 0; i < weights.size(); ++i)
+    if (need[i]) out.push_back(at::zeros(weights[i].sizes(), weights[i].options()));
+  return out;
 }
 
-bool is_fused(const at::Tensor& x) {
-  bool fits = false;
-  dispatch("separable_group", x.scalar_type(),
-           [&](auto tag) { fits = Separable<decltype(tag)>::fits(x.size(1)); });
-  return fits;
+template <typename T>
+DepthwiseGroup filled(DepthwiseGroup group) {
+  group.C = Separable<T>::filled(group.C);
+  return group;
 }
+
+// What the convolutions read behind a norm, for so many channels; nothing without one.
+struct NormSource {
+  ForwardCoefficients f;
+  bool normalised;
+
+  NormSource(const NormTable& table, bool normalised, int64_t channels) : normalised(normalised) {
+    if (!normalised) return;
+    f = forward_coefficients(table);
+    f.coef.resize(channels);
+    f.bias.resize(channels);
+  }
+
+  Source source() const {
+    return {true, normalised ? &f.coef : nullptr, normalised ? &f.bias : nullptr};
+  }
+};
 
 std::vector<at::Tensor> given(const OptionalTensor& t) {
   return t ? std::vector<at::Tensor>{*t} : std::vector<at::Tensor>{};
@@ -81,17 +123,12 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group_cpu(
   const DepthwiseGroup group =
       check_depthwise(op, x.sizes(), x.device(), depthwise, dilations, stride);
   check_pointwise(op, group, pointwise, x);
-  if (!is_fused(x))
-    return composition(x, norm, depthwise, pointwise, dilations, stride)
-        .forward(running_mean, running_var);
   const at::ScalarType dtype = x.scalar_type(), acc = accumulate_dtype(dtype);
   const at::MemoryFormat format = memory_format(x);
   const bool columns = format != at::MemoryFormat::Contiguous;
   NormTable table = norm_table(op, x, norm);
   if (kind != kPlain) set_running_statistics(op, table, given(running_mean), given(running_var));
   const at::Tensor source = as_operand(x, dtype, format);
-  const auto dw = as_operands(depthwise, acc, at::MemoryFormat::Contiguous);
-  const auto pw = as_operands(pointwise, acc, at::MemoryFormat::Contiguous);
   std::vector<at::Tensor> ys;
   for (int64_t i = 0; i < group.size(); ++i)
     ys.push_back(at::empty({group.N, group.C, group.oh, group.ow}, x.options(), format));
@@ -99,17 +136,14 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group_cpu(
     dispatch(op, dtype, [&](auto tag) {
       using T = decltype(tag);
       const T* values = const_pointer<T>(source);
-      ForwardCoefficients f;
-      if (kind != kPlain) {
-        batch_statistics(Mix<T>(layout_of(x.sizes(), columns)), {values}, table);
-        f = forward_coefficients(table);
-      }
+      if (kind != kPlain) batch_statistics(Mix<T>(layout_of(x.sizes(), columns)), {values}, table);
+      const DepthwiseGroup whole = filled<T>(group);
+      const NormSource read(table, kind != kPlain, whole.C);
+      const Filled<T> taps(depthwise, acc, whole.C, false), matrices(pointwise, acc, whole.C, true);
       std::vector<T*> to;
       for (const at::Tensor& y : ys) to.push_back(static_cast<T*>(y.mutable_data_ptr()));
-      const Source read{true, kind == kPlain ? nullptr : &f.coef,
-                        kind == kPlain ? nullptr : &f.bias};
-      Separable<T>(group, columns, read)
-          .forward(values, const_pointers<acc_type<T>>(dw), const_pointers<acc_type<T>>(pw), to);
+      Separable<T>(whole, columns, read.source(), group.C)
+          .forward(values, taps.pointers, matrices.pointers, to);
     });
   const at::TensorOptions options =
       x.options().dtype(acc).memory_format(at::MemoryFormat::Contiguous);
@@ -117,24 +151,6 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group_cpu(
   return {ys, from_doubles(table.mean, {group.C}, options),
           from_doubles(table.var, {group.C}, options)};
 }
-
-namespace {
-
-std::vector<std::vector<double>> zeros(at::TensorList weights, at::IntArrayRef need) {
-  std::vector<std::vector<double>> out;
-  for (size_t i = 0; i < weights.size(); ++i) out.emplace_back(need[i] ? weights[i].numel() : 0);
-  return out;
-}
-
-std::vector<at::Tensor> as_weights(const std::vector<std::vector<double>>& sums,
-                                   at::TensorList weights, at::IntArrayRef need) {
-  std::vector<at::Tensor> out;
-  for (size_t i = 0; i < weights.size(); ++i)
-    if (need[i]) out.push_back(from_doubles(sums[i], weights[i].sizes(), weights[i].options()));
-  return out;
-}
-
-}  // namespace
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor>
 separable_group_backward_cpu(at::TensorList grads, at::IntArrayRef present, const at::Tensor& x,
@@ -146,32 +162,17 @@ separable_group_backward_cpu(at::TensorList grads, at::IntArrayRef present, cons
   const char* op = "separable_group_backward";
   const at::NoGradGuard no_grad;
   const SourceNorm norm{kind, eps, gamma, beta};
-  check_source_norm(op, x, norm);
-  const bool need_source = need_x || (need_norm && kind != kPlain);
   const DepthwiseGroup group =
-      check_depthwise_backward(op, grads, present, x, x.sizes().slice(2), depthwise, dilations,
-                               stride, true, true, need_depthwise);
-  check_pointwise(op, group, pointwise, x);
-  TORCH_CHECK_VALUE(need_pointwise.size() == pointwise.size(), op,
-                    ": expected need_pointwise of one entry per weight, but got ",
-                    need_pointwise.size());
+      check_separable_backward(op, grads, present, x, norm, mean, var, depthwise, pointwise,
+                               dilations, stride, need_depthwise, need_pointwise);
+  const bool need_source = need_x || (need_norm && kind != kPlain);
   const at::ScalarType dtype = grads[0].scalar_type(), acc = accumulate_dtype(dtype);
-  if (!is_fused(x))
-    return composition(x, norm, depthwise, pointwise, dilations, stride)
-        .backward(grads, present, mean, var, need_x, need_norm, need_depthwise, need_pointwise)
-        .tuple();
   const at::MemoryFormat format = memory_format(x);
   const bool columns = format != at::MemoryFormat::Contiguous;
   NormTable table = norm_table(op, x, norm);
-  ForwardCoefficients f;
-  if (kind != kPlain) {
-    set_statistics(op, table, mean, var);
-    f = forward_coefficients(table);
-  }
+  if (kind != kPlain) set_statistics(op, table, mean, var);
   const std::vector<at::Tensor> gs = as_operands(grads, dtype, format);
   const at::Tensor source = as_operand(x, dtype, format);
-  const auto dw = as_operands(depthwise, acc, at::MemoryFormat::Contiguous);
-  const auto pw = as_operands(pointwise, acc, at::MemoryFormat::Contiguous);
   const at::TensorOptions plain = grads[0].options().memory_format(at::MemoryFormat::Contiguous);
   at::Tensor dh = at::empty({0}, plain);  // of what the ReLU saw
   if (need_source) dh = at::empty(x.sizes(), grads[0].options(), format);
@@ -180,9 +181,11 @@ separable_group_backward_cpu(at::TensorList grads, at::IntArrayRef present, cons
   const int64_t rows = need_source && gamma ? 1 : 0;
   out.dgamma = from_doubles(std::vector<double>(rows * group.C), {rows, group.C}, plain.dtype(acc));
   out.dbeta = out.dgamma.clone();
-  std::vector<std::vector<double>> ddw = zeros(depthwise, need_depthwise);
-  std::vector<std::vector<double>> dpw = zeros(pointwise, need_pointwise);
-  if (grads[0].numel())
+  std::vector<at::Tensor> ddepthwise, dpointwise;
+  if (grads[0].numel() == 0) {
+    ddepthwise = zeros(depthwise, need_depthwise);
+    dpointwise = zeros(pointwise, need_pointwise);
+  } else {
     dispatch(op, dtype, [&](auto tag) {
       using T = decltype(tag);
       std::vector<const T*> g(group.size(), nullptr);
@@ -190,21 +193,25 @@ separable_group_backward_cpu(at::TensorList grads, at::IntArrayRef present, cons
         if (present[i]) g[i] = const_pointer<T>(gs[j++]);
       const T* values = const_pointer<T>(source);
       T* to = need_source ? static_cast<T*>(dh.mutable_data_ptr()) : nullptr;
-      const Source read{true, kind == kPlain ? nullptr : &f.coef,
-                        kind == kPlain ? nullptr : &f.bias};
-      Separable<T>(group, columns, read)
-          .backward(g, values, const_pointers<acc_type<T>>(dw), const_pointers<acc_type<T>>(pw), to,
-                    ddw, dpw);
+      const DepthwiseGroup whole = filled<T>(group);
+      const NormSource read(table, kind != kPlain, whole.C);
+      const Filled<T> taps(depthwise, acc, whole.C, false), matrices(pointwise, acc, whole.C, true);
+      FilledSums ddw(depthwise, need_depthwise, whole.C);
+      FilledSums dpw(pointwise, need_pointwise, whole.C * whole.C);
+      Separable<T>(whole, columns, read.source(), group.C)
+          .backward(g, values, taps.pointers, matrices.pointers, to, ddw.values, dpw.values);
+      ddepthwise = ddw.as_weights(depthwise, need_depthwise, 0);
+      dpointwise = dpw.as_weights(pointwise, need_pointwise, whole.C);
       if (!need_source || kind == kPlain) return;
       const Layout layout = layout_of(x.sizes(), columns);
       T* dx = need_x ? static_cast<T*>(out.dxs[0].mutable_data_ptr()) : nullptr;
       mix_backward(Mix<T>(layout), layout, Slot<const T>{to, layout.C, 1}, {values}, table, {dx},
                    out, mean.to(acc), false);
     });
+  }
   at::Tensor dx = at::empty({0}, plain);
   if (need_x) dx = kind == kPlain ? dh : out.dxs[0];
-  return {dx, as_weights(ddw, depthwise, need_depthwise),
-          as_weights(dpw, pointwise, need_pointwise), out.dgamma, out.dbeta};
+  return {dx, ddepthwise, dpointwise, out.dgamma, out.dbeta};
 }
 
 }  // namespace fastnas

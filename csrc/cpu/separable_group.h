@@ -3,8 +3,8 @@
 // made where it is used, forward and backward, and never leaves the cache.
 //
 // A unit here is what a pointwise convolution has to see at once: a slab of rows of all groups of planes of an image,
-// or, where an image has fewer channels than a vector lanes, of the images of one group. Other counts of channels would
-// need lanes that stay empty; they are left to a composition (fits()).
+// or, where a vector has room for the channels of several images, of those in one group. Where channels neither fill
+// vectors nor share one, they are filled up with channels whose weights are zero.
 #pragma once
 #include "depthwise_group.h"
 
@@ -23,15 +23,17 @@ class Separable : Depthwise<T> {
   using Weights = std::vector<const acc_t*>;
   using Sums = std::vector<std::vector<double>>;
 
-  static bool fits(int64_t channels) {
+  // How many channels the weights of a group are to have, if its tensors have `channels`.
+  static int64_t filled(int64_t channels) {
     const int64_t lanes = plane_kernels<T>().lanes;
-    return channels > 0 && (channels % lanes == 0 || lanes % channels == 0);
+    return lanes % channels == 0 ? channels : (channels + lanes - 1) / lanes * lanes;
   }
 
-  Separable(const DepthwiseGroup& group, bool columns, const Source& source)
-      : Base(group, columns, source), groups_(tables_), blocks_(units_ / tables_) {}
+  // The group has filled(channels).
+  Separable(const DepthwiseGroup& group, bool columns, const Source& source, int64_t channels)
+      : Base(group, columns, source, channels), groups_(tables_), blocks_(units_ / tables_) {}
 
-  // depthwise[i]: (C, k, k); pointwise[i]: (C, C); ys[i]: (N, C, oh, ow).
+  // depthwise[i]: (C, k, k); pointwise[i]: (C, C); ys[i]: (N, channels, oh, ow).
   void forward(const T* x, const Weights& depthwise, const Weights& pointwise,
                const std::vector<T*>& ys) const {
     const AlignedVector<acc_t> taps = this->weight_table(outputs_, depthwise);
@@ -145,7 +147,7 @@ class Separable : Depthwise<T> {
   void write_output(const Phase& p, Buffers& b, const acc_t* taps, const acc_t* matrix,
                     int64_t block, T* y) const {
     const int64_t ow = group_.ow, C = group_.C, rows = this->rows_of(block);
-    const int64_t first = block % slabs_ * slab_, plane = block / slabs_ * groups_ * L_;
+    const int64_t first = block % slabs_ * slab_, image = block / slabs_;
     const auto multiply = [&](int64_t n, acc_t* to, int64_t group, int64_t step) {
       kernels_.multiply(b.strip.data(), strip_size(), 0, matrix, C, to, group, 0, step, 1, n * ow);
     };
@@ -153,14 +155,15 @@ class Separable : Depthwise<T> {
       const int64_t n = std::min(strip_rows(), rows - r);
       convolve(p, taps, r, n, b);
       if constexpr (std::is_same_v<T, acc_t>)
-        if (output_.columns && C % L_ == 0) {  // vectors of a pixel follow each other in memory
-          multiply(n, y + (plane / C * group_.oh + first + r) * ow * C, L_, C);
+        if (output_.columns && output_.C == C &&
+            C % L_ == 0) {  // vectors of a pixel follow each other in memory
+          multiply(n, y + (image * group_.oh + first + r) * ow * C, L_, C);
           continue;
         }
       multiply(n, b.out.data(), strip_size(), L_);
       for (int64_t q = 0; q < groups_; ++q)
-        kernels_.unpack(output_, b.out.data() + q * strip_size(), plane + q * L_, first + r, n, y,
-                        b.scratch.data());
+        this->unpack(output_, b.out.data() + q * strip_size(), unit(block, q), first + r, n, y,
+                     b.scratch);
     }
   }
 
@@ -199,8 +202,8 @@ class Separable : Depthwise<T> {
   Rows load_gradient(const T* g, int64_t block, Buffers& b) const {
     const Rows rows = this->rows_loaded(g_, output_, block, 1);
     for (int64_t q = 0; q < groups_; ++q)
-      kernels_.pack(output_, g, unit(block, q) / slabs_ * L_, rows.first, rows.last - rows.first,
-                    b.g.data() + q * gradient_size(), group_.ow, false, b.scratch.data());
+      this->pack(output_, g, unit(block, q), rows.first, rows.last - rows.first,
+                 b.g.data() + q * gradient_size(), group_.ow, false, b.scratch);
     return rows;
   }
 

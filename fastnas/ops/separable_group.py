@@ -44,9 +44,8 @@ def separable_group(
     float32 (float64 for float64 inputs). Under autocast ``x`` is cast as ``F.conv2d`` would, and
     behind a norm the outputs have the dtype that ``F.conv2d``'s would have.
 
-    The fused CPU kernels serve numbers of channels that are multiples or divisors of the lanes of a
-    vector (16, 8 or 4 float32); for others, and on CUDA, what is between the convolutions exists
-    while they run.
+    The CPU kernels are at their best where the channels fill vectors (of 16, 8 or 4 float32) or
+    divide one; on CUDA, what is between the convolutions exists while they run.
 
     Args:
         x: ``(N, C, H, W)``, floating-point.
