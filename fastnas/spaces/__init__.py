@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from fastnas.spaces import darts
 from fastnas.spaces.base import CellSpec, CellWeights, Space
+from fastnas.spaces.blocks import Block, BlockPlan, BlockRules, MixedEdge, NetworkShape
 from fastnas.spaces.counting import (
     OperationCounts,
     count_macs,
@@ -14,8 +15,13 @@ from fastnas.spaces.counting import (
 
 __all__ = [
     "SPACES",
+    "Block",
+    "BlockPlan",
+    "BlockRules",
     "CellSpec",
     "CellWeights",
+    "MixedEdge",
+    "NetworkShape",
     "OperationCounts",
     "Space",
     "count_macs",

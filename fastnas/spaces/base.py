@@ -10,11 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["CellSpec", "CellWeights", "Space"]
+if TYPE_CHECKING:
+    from fastnas.spaces.blocks import BlockRules
+
+__all__ = ["CellSpec", "CellWeights", "Space", "check_positive"]
+
+
+def check_positive(**values: object) -> None:
+    """Raise a ValueError that names the first value that is not a positive integer."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 class CellWeights(NamedTuple):
@@ -88,6 +98,8 @@ class Space:
         genotype: the class of a derived architecture.
         derive: ``(scores, specs) -> genotype``; ``scores`` maps a cell kind to ``[E, K]``.
         genotypes: published architectures by name.
+        blocks: how its networks fall into blocks, for ``fastnas latency`` and costs; None where
+            nobody has said.
     """
 
     name: str
@@ -96,3 +108,4 @@ class Space:
     genotype: type[Any]
     derive: Callable[[Mapping[str, Tensor], Mapping[str, CellSpec]], Any]
     genotypes: Mapping[str, Any]
+    blocks: BlockRules | None = None
