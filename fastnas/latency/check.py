@@ -24,9 +24,9 @@ from fastnas.search.runtime import check_threads, resolve_device
 
 __all__ = ["Agreement", "Check", "CheckConfig", "best_factor", "spearman", "time_networks"]
 
-_GROUP = 8
-"""Networks that are in memory at once and take turns."""
-_BURST = 4
+_GROUP_BYTES = 2**30
+"""Parameters of the networks that are in memory at once and take turns."""
+_BURST = 3
 """Timed passes in a row; one before them is not timed."""
 
 Tell = Callable[[int, int], None]
@@ -41,7 +41,7 @@ class CheckConfig:
     """File of the table."""
     nets: int = 50
     """Number of random networks to time."""
-    repeats: int = 20
+    repeats: int = 24
     """Timed passes of each network."""
     seed: int = 1
     """Seed of the networks; check a calibration with another one than it was made with."""
@@ -187,7 +187,7 @@ def time_networks(
     conditions: Conditions,
     device: torch.device,
     *,
-    repeats: int = 20,
+    repeats: int = 24,
     seed: int = 0,
     tell: Tell = lambda done, total: None,
 ) -> list[float]:
@@ -207,20 +207,35 @@ def time_networks(
     """
     generator = torch.Generator().manual_seed(seed)
     x = images(image_shape, conditions, device, generator)
-    found: list[float] = []
-    for start in range(0, len(builds), _GROUP):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + start)
-            networks = [
-                _settled(build(), image_shape, generator, conditions, device)
-                for build in builds[start : start + _GROUP]
-            ]
-        with measuring(conditions, device):
-            times: list[list[float]] = [[] for _ in networks]
-            for done in _time_group(networks, times, x, device, repeats):
-                tell(repeats * start + done, repeats * len(builds))
-        found += [quartiles(own)[1] for own in times]
-    return found
+    times: list[list[float]] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for group in _groups(builds, image_shape, conditions, device):
+            mine: list[list[float]] = [[] for _ in group]
+            with measuring(conditions, device):
+                for done in _time_group(group, mine, x, device, repeats):
+                    tell(repeats * len(times) + done, repeats * len(builds))
+            times += mine
+    return [quartiles(own)[1] for own in times]
+
+
+def _groups(
+    builds: Sequence[Callable[[], nn.Module]],
+    image_shape: Sequence[int],
+    conditions: Conditions,
+    device: torch.device,
+) -> Iterator[list[nn.Module]]:
+    """The networks, as many at a time as memory should hold."""
+    group: list[nn.Module] = []
+    size = 0
+    for build in builds:
+        group.append(_settled(build(), image_shape, conditions, device))
+        size += sum(p.numel() * p.element_size() for p in group[-1].parameters())
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _time_group(
@@ -230,13 +245,15 @@ def _time_group(
     device: torch.device,
     repeats: int,
 ) -> Iterator[int]:
-    """Time each a few passes in a row, in turns, as a deployed network runs again and again.
+    """Time each a few passes in a row, as a deployed network runs again and again, in turns.
 
     Fills ``times``, milliseconds; gives the number of timed passes so far.
     """
     watch = stopwatch(device)
     while len(times[-1]) < repeats:
-        for network, own in zip(networks, times, strict=True):
+        # In an order of its own each turn: nobody runs behind the same one all the time.
+        for number in torch.randperm(len(networks)).tolist():
+            network, own = networks[number], times[number]
             network(x)
             for _ in range(min(_BURST, repeats - len(own))):
                 watch.time(partial(network, x))
@@ -247,7 +264,6 @@ def _time_group(
 def _settled(
     network: nn.Module,
     image_shape: Sequence[int],
-    generator: torch.Generator,
     conditions: Conditions,
     device: torch.device,
 ) -> nn.Module:
@@ -262,7 +278,7 @@ def _settled(
         norm.momentum = 1.0
     with torch.no_grad():
         # Two images: a map of one pixel has no statistics otherwise.
-        network.train()(torch.randn((2, *image_shape), generator=generator))
+        network.train()(torch.randn((2, *image_shape)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return deployed(network, conditions, device)
