@@ -204,12 +204,14 @@ class LatencyTable:
         elif shape is not None and shape != self.shape:
             mine, its = to_dict(self.shape), to_dict(shape)
             found += [f"{k} {v}, not {its.get(k)}" for k, v in mine.items() if its.get(k) != v]
+        advice = "measure one for this by `fastnas latency measure`"
         if conditions is not None:
+            if not found:
+                advice += ", or allow a foreign one"
             found += self.conditions.differences(conditions)
         if found:
             raise ValueError(
-                f"{where}: measured elsewhere or otherwise ({'; '.join(found)}); measure one for "
-                "this by `fastnas latency measure`, or take it as it is with --allow-foreign"
+                f"{where}: the table is for something else ({'; '.join(found)}); {advice}"
             )
 
     def to_dict(self) -> dict[str, Any]:
