@@ -151,6 +151,18 @@ def truth(monkeypatch):
         return [1.25 * ms * (1.01 if number % 2 else 0.99) for number, ms in enumerate(latencies)]
 
     monkeypatch.setattr(check, "time_networks", measured)
+    monkeypatch.setattr(check, "Measurement", lambda config: Pace(1.0))
+
+
+class Pace:
+    """A measurement on a machine where all takes ``factor`` times as long as in the table."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def run(self):
+        times = {key: BlockTime(self.factor * time.ms) for key, time in table().blocks.items()}
+        return table(blocks=times)
 
 
 def test_json_is_one_object_and_nothing_else(folder, truth, capsys):
@@ -182,6 +194,29 @@ def test_calibration_is_written_and_used(folder, truth, capsys):
     assert main(["latency", "check", "--nets", "6", "--seed", "9", "--json"]) == 0
     assert abs(json.loads(capsys.readouterr().out)["bias_percent"]) < 0.5
     assert (folder / "latency.json").read_bytes() == before
+
+
+def test_a_machine_that_changed_its_pace_is_told(folder, truth, capsys, monkeypatch):
+    words = ["latency", "check", "--nets", "4", "--json"]
+    assert main(words) == 0
+    assert "Single blocks" not in capsys.readouterr().err
+    paces = iter([1.2, 1.4])
+    monkeypatch.setattr(check, "Measurement", lambda config: Pace(next(paces)))
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert "Single blocks take 1.30 times as long now as when the table was measured" in err
+    json.loads(out)
+
+
+def test_the_pace_is_measured_as_the_table_was(folder):
+    run = Check(CheckConfig(nets=2, repeats=1))
+    run.run()
+    assert 0 < run.drift
+    foreign = dataclasses.replace(here("cpu", 1, 1, "float32", "auto"), machine="a phone")
+    table(foreign).save("latency.json")
+    run = Check(CheckConfig(nets=2, repeats=1, allow_foreign=True))
+    run.run()
+    assert run.drift is None
 
 
 def test_real_networks(folder, capsys):

@@ -35,6 +35,10 @@ _DATA_HELP = (
 )
 
 
+_DRIFT = 0.05
+"""A machine that differs by more from what it was is worth a line."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command with the words after ``fastnas latency``.
 
@@ -152,6 +156,13 @@ def _check(argv: Sequence[str]) -> int:
         check = Check(config, bar.show)
         agreement = check.run()
     figures = agreement.figures()
+    if check.drift is not None and abs(check.drift - 1) > _DRIFT:
+        error_console().print(
+            f"Single blocks take {check.drift:.2f} times as long now as when the table was "
+            "measured: something else runs on this machine, or it has changed its pace.",
+            style="yellow",
+            markup=False,
+        )
     if config.json:
         print(json.dumps(figures))
         return 0
@@ -183,7 +194,7 @@ class _Bar:
         self._console = error_console()
         self._live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._every = 0.25 if self._live else 60.0
-        self._last = -math.inf
+        self._last = -math.inf if self._live else time.monotonic()
         self._what, self._unit = what, unit
         self._bar = Progress(
             TextColumn(what),

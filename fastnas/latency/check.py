@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.latency.conditions import Conditions, here
+from fastnas.latency.measure import MeasureConfig, Measurement
 from fastnas.latency.plot import check_plot, write_plot
 from fastnas.latency.table import Calibration, LatencyTable, block_rules, quartiles
 from fastnas.latency.timing import deployed, images, measuring, stopwatch
@@ -117,6 +118,8 @@ class Check:
 
     Attributes:
         table: the table; after a calibration, with it.
+        drift: after a run, how long blocks take now, as a factor of what the table says; None for
+            a table of another machine.
 
     Raises:
         FileNotFoundError: there is no such table.
@@ -134,6 +137,7 @@ class Check:
         self.device = resolve_device(device)
         check_threads(c.threads)
         self.conditions = here(device, c.threads, c.batch, c.dtype, c.memory_format)
+        self.drift: float | None = None
         if not config.allow_foreign:
             self.table.check_here(str(self.path), conditions=self.conditions)
         if config.plot is not None:
@@ -155,6 +159,7 @@ class Check:
         generator = torch.Generator().manual_seed(self.config.seed)
         genotypes = [rules.sample(shape, generator) for _ in range(self.config.nets)]
         predicted = [self.table.latency(rules.keys(genotype, shape)) for genotype in genotypes]
+        before = self._drift()
         measured = time_networks(
             [partial(rules.network, genotype, shape) for genotype in genotypes],
             (shape.in_channels, shape.image_size, shape.image_size),
@@ -164,12 +169,40 @@ class Check:
             seed=self.config.seed,
             tell=self._tell,
         )
+        after = self._drift()
+        self.drift = None if before is None or after is None else (before + after) / 2
         agreement = Agreement(tuple(predicted), tuple(measured))
         if self.config.calibrate:
             agreement = self._calibrate(agreement)
         if self.config.plot is not None:
             write_plot(self.config.plot, agreement, self.table)
         return agreement
+
+    def _drift(self) -> float | None:
+        """Time the blocks once more, briefly.
+
+        Processors run slower when they are hot, or share a core with somebody. That makes all
+        networks slower than predicted, and is no fault of the table.
+        """
+        c = self.conditions
+        if self.table.conditions != c:
+            return None
+        config = MeasureConfig(
+            space=self.table.space,
+            out=None,
+            device=str(self.device),
+            threads=c.threads,
+            batch=c.batch,
+            dtype=c.dtype,
+            memory_format=c.memory_format,
+            warmup=2,
+            repeats=5,
+            shape=self.table.shape,
+        )
+        now = Measurement(config).run().blocks
+        then = self.table.blocks
+        ratios = [time.ms / then[key].ms for key, time in now.items() if then[key].ms]
+        return quartiles(ratios)[1] if ratios else None
 
     def _calibrate(self, agreement: Agreement) -> Agreement:
         plain = agreement.scaled(1 / self.table.factor)
