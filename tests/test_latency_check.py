@@ -73,18 +73,37 @@ def test_networks_take_turns(monkeypatch):
         (1, 4, 4),
         conditions,
         resolve_device("cpu"),
-        repeats=6,
+        repeats=5,
         tell=lambda *numbers: told.append(numbers),
     )
     assert len(found) == 4 and all(ms > 0 for ms in found)
     statistics, runs = log[:4], log[4:]
     assert statistics == [(n, True) for n in range(4)]
-    # Two turns of one pass that is not timed and three that are.
-    turns = [runs[start : start + 4] for start in range(0, len(runs), 4)]
+    # Turns of one pass that is not timed and two that are; the last has one left.
+    turns = [runs[start : start + 3] for start in range(0, 24, 3)]
+    turns += [runs[start : start + 2] for start in range(24, len(runs), 2)]
     assert all(len(set(turn)) == 1 and not turn[0][1] for turn in turns)
     order = [turn[0][0] for turn in turns]
-    assert sorted(order[:4]) == sorted(order[4:]) == [0, 1, 2, 3]
-    assert told[-1] == (24, 24)
+    assert sorted(order[:4]) == sorted(order[4:8]) == sorted(order[8:]) == [0, 1, 2, 3]
+    assert told[-1] == (20, 20)
+
+
+def test_the_pace_of_the_machine_is_taken_out():
+    own = torch.tensor([4.0, 5.0, 6.0, 7.0])
+    steady = [own.tolist()] * 5
+    assert check.without_pace(steady) == pytest.approx(own.tolist())
+    # Half of the turns a third slower, where medians may fall on either side.
+    pace = (1.0, 1.33, 1.0, 1.33, 1.33, 1.0)
+    torch.manual_seed(0)
+    turns = [(own * factor * (1 + 0.01 * torch.randn(4))).tolist() for factor in pace]
+    found = torch.tensor(check.without_pace(turns))
+    torch.testing.assert_close(found / found[0], own / own[0], rtol=0.02, atol=0)
+    assert 1 < found[0] / own[0] < 1.35
+    assert check.without_pace([[3.0], [1.0], [2.0]]) == pytest.approx([2.0])
+    # A disturbance of one network in one turn.
+    steady = [own.tolist() for _ in range(5)]
+    steady[2][1] = 500.0
+    assert check.without_pace(steady) == pytest.approx(own.tolist())
 
 
 def test_networks_too_large_for_memory_come_in_groups(monkeypatch):

@@ -23,11 +23,19 @@ from fastnas.latency.timing import deployed, images, measuring, stopwatch
 from fastnas.search.fields import SEEDS, check_range
 from fastnas.search.runtime import check_threads, resolve_device
 
-__all__ = ["Agreement", "Check", "CheckConfig", "best_factor", "spearman", "time_networks"]
+__all__ = [
+    "Agreement",
+    "Check",
+    "CheckConfig",
+    "best_factor",
+    "spearman",
+    "time_networks",
+    "without_pace",
+]
 
 _GROUP_BYTES = 2**30
 """Parameters of the networks that are in memory at once and take turns."""
-_BURST = 3
+_BURST = 2
 """Timed passes in a row; one before them is not timed."""
 
 Tell = Callable[[int, int], None]
@@ -70,7 +78,7 @@ class Agreement:
 
     Attributes:
         predicted: milliseconds by the table, calibrated.
-        measured: median milliseconds of the whole networks.
+        measured: milliseconds of the whole networks (``time_networks``).
     """
 
     predicted: tuple[float, ...]
@@ -236,20 +244,36 @@ def time_networks(
         tell: told ``(timed passes, passes in all)``.
 
     Returns:
-        Median milliseconds of a forward pass of each, in eval mode.
+        Milliseconds of a forward pass of each, in eval mode; the median, but for ``without_pace``.
     """
     generator = torch.Generator().manual_seed(seed)
     x = images(image_shape, conditions, device, generator)
-    times: list[list[float]] = []
+    found: list[float] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for group in _groups(builds, image_shape, conditions, device):
-            mine: list[list[float]] = [[] for _ in group]
+            turns: list[list[float]] = []
             with measuring(conditions, device):
-                for done in _time_group(group, mine, x, device, repeats):
-                    tell(repeats * len(times) + done, repeats * len(builds))
-            times += mine
-    return [quartiles(own)[1] for own in times]
+                for done in _time_group(group, turns, x, device, repeats):
+                    tell(repeats * len(found) + done, repeats * len(builds))
+            found += without_pace(turns)
+    return found
+
+
+def without_pace(turns: Sequence[Sequence[float]]) -> list[float]:
+    """One time for each network from its times in all turns.
+
+    A machine changes its pace from turn to turn, for all networks alike: a time is taken as a
+    network's own times that of the turn, and these are told apart by medians (Tukey's median
+    polish, one step). At a steady pace it is the median over the turns.
+
+    Args:
+        turns: for each turn the times of all networks.
+    """
+    logs = torch.tensor(turns, dtype=torch.float64).log()
+    own = logs.quantile(0.5, dim=0)
+    pace = (logs - own).quantile(0.5, dim=1, keepdim=True)
+    return (logs - pace).quantile(0.5, dim=0).add(pace.quantile(0.5)).exp().tolist()
 
 
 def _groups(
@@ -273,25 +297,31 @@ def _groups(
 
 def _time_group(
     networks: Sequence[nn.Module],
-    times: Sequence[list[float]],
+    turns: list[list[float]],
     x: Tensor,
     device: torch.device,
     repeats: int,
 ) -> Iterator[int]:
     """Time each a few passes in a row, as a deployed network runs again and again, in turns.
 
-    Fills ``times``, milliseconds; gives the number of timed passes so far.
+    Appends to ``turns`` the median milliseconds of each network; gives the timed passes so far.
     """
     watch = stopwatch(device)
-    while len(times[-1]) < repeats:
+    done = 0
+    while repeats:
+        passes = min(_BURST, repeats)
+        repeats -= passes
+        turn = [0.0] * len(networks)
         # In an order of its own each turn: nobody runs behind the same one all the time.
         for number in torch.randperm(len(networks)).tolist():
-            network, own = networks[number], times[number]
+            network = networks[number]
             network(x)
-            for _ in range(min(_BURST, repeats - len(own))):
+            for _ in range(passes):
                 watch.time(partial(network, x))
-            own += watch.read()
-            yield sum(map(len, times))
+            turn[number] = quartiles(watch.read())[1]
+            done += passes
+            yield done
+        turns.append(turn)
 
 
 def _settled(
