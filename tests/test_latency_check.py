@@ -6,15 +6,17 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from latency_tiny import RULES, SHAPE, table
+from latency_tiny import KEYS, RULES, SHAPE, table
 from torch import nn
 
 from fastnas.cli import main
 from fastnas.latency import BlockTime, Calibration, LatencyTable, check, here
 from fastnas.latency.check import Agreement, Check, CheckConfig, spearman, time_networks
+from fastnas.latency.pace import Pace, without_pace
 from fastnas.latency.timing import measuring
 from fastnas.search.runtime import resolve_device
 
@@ -91,19 +93,19 @@ def test_networks_take_turns(monkeypatch):
 def test_the_pace_of_the_machine_is_taken_out():
     own = torch.tensor([4.0, 5.0, 6.0, 7.0])
     steady = [own.tolist()] * 5
-    assert check.without_pace(steady) == pytest.approx(own.tolist())
+    assert without_pace(steady) == pytest.approx(own.tolist())
     # Half of the turns a third slower, where medians may fall on either side.
     pace = (1.0, 1.33, 1.0, 1.33, 1.33, 1.0)
     torch.manual_seed(0)
     turns = [(own * factor * (1 + 0.01 * torch.randn(4))).tolist() for factor in pace]
-    found = torch.tensor(check.without_pace(turns))
+    found = torch.tensor(without_pace(turns))
     torch.testing.assert_close(found / found[0], own / own[0], rtol=0.02, atol=0)
     assert 1 < found[0] / own[0] < 1.35
-    assert check.without_pace([[3.0], [1.0], [2.0]]) == pytest.approx([2.0])
+    assert without_pace([[3.0], [1.0], [2.0]]) == pytest.approx([2.0])
     # A disturbance of one network in one turn.
     steady = [own.tolist() for _ in range(5)]
     steady[2][1] = 500.0
-    assert check.without_pace(steady) == pytest.approx(own.tolist())
+    assert without_pace(steady) == pytest.approx(own.tolist())
 
 
 def test_networks_too_large_for_memory_come_in_groups(monkeypatch):
@@ -161,27 +163,19 @@ def folder(tmp_path, monkeypatch):
 def truth(monkeypatch):
     """Networks take 1.25 times what the table says, give or take a percent."""
 
-    def measured(builds, image_shape, conditions, device, *, repeats, seed, tell):
+    def measured(builds, image_shape, conditions, device, *, repeats, seed, between, tell):
         assert image_shape == (1, 8, 8)
         tell(0, repeats * len(builds))
+        between()
         found = LatencyTable.load("latency.json")
         plain = dataclasses.replace(found, calibration=None)
         latencies = [plain.latency(RULES.keys(build.args[0], SHAPE)) for build in builds]
         return [1.25 * ms * (1.01 if number % 2 else 0.99) for number, ms in enumerate(latencies)]
 
     monkeypatch.setattr(check, "time_networks", measured)
-    monkeypatch.setattr(check, "Measurement", lambda config: Pace(1.0))
-
-
-class Pace:
-    """A measurement on a machine where all takes ``factor`` times as long as in the table."""
-
-    def __init__(self, factor):
-        self.factor = factor
-
-    def run(self):
-        times = {key: BlockTime(self.factor * time.ms) for key, time in table().blocks.items()}
-        return table(blocks=times)
+    truth = SimpleNamespace(pace=1.0)
+    monkeypatch.setattr(check.Pace, "now", lambda self: truth.pace)
+    return truth
 
 
 def test_json_is_one_object_and_nothing_else(folder, truth, capsys):
@@ -215,27 +209,50 @@ def test_calibration_is_written_and_used(folder, truth, capsys):
     assert (folder / "latency.json").read_bytes() == before
 
 
-def test_a_machine_that_changed_its_pace_is_told(folder, truth, capsys, monkeypatch):
-    words = ["latency", "check", "--nets", "4", "--json"]
-    assert main(words) == 0
-    assert "Single blocks" not in capsys.readouterr().err
-    paces = iter([1.2, 1.4])
-    monkeypatch.setattr(check, "Measurement", lambda config: Pace(next(paces)))
-    assert main(words) == 0
-    out, err = capsys.readouterr()
-    assert "Single blocks take 1.30 times as long now as when the table was measured" in err
-    json.loads(out)
+def test_a_machine_that_changed_its_pace_is_told_and_allowed_for(folder, truth, capsys):
+    words = ["latency", "check", "--nets", "6", "--json", "--calibrate"]
+    for pace in (1.0, 1.3, 0.7):
+        truth.pace = pace
+        assert main(words) == 0
+        out, err = capsys.readouterr()
+        told = f"Single blocks take {pace:.2f} times as long now as when the table was measured"
+        assert (told in err) == (pace != 1)
+        assert json.loads(out)["rmse_percent"] == pytest.approx(1, abs=0.1)
+        factor = LatencyTable.load("latency.json").calibration.factor
+        assert factor == pytest.approx(1.25, rel=1e-3)
+    assert main(["latency", "check", "--nets", "4"]) == 0
+    assert "0.700 of the table's times" in capsys.readouterr().out
 
 
-def test_the_pace_is_measured_as_the_table_was(folder):
+def test_pace_is_the_median_factor_of_the_blocks(monkeypatch):
+    found = table()
+    wrong = dict.fromkeys(found.blocks, BlockTime(2.0)) | {KEYS[0]: BlockTime(50.0)}
+
+    class Watch:
+        def __init__(self, device):
+            self.calls = 0
+
+        def time(self, call):
+            call()
+            self.calls += 1
+
+        def read(self):
+            calls, self.calls = self.calls, 0
+            return [3.0] * calls
+
+    monkeypatch.setattr("fastnas.latency.pace.stopwatch", Watch)
+    assert Pace(table(blocks=wrong), torch.device("cpu")).now() == 1.5
+
+
+def test_pace_of_this_machine_but_not_of_another(folder):
     run = Check(CheckConfig(nets=2, repeats=1))
     run.run()
-    assert 0 < run.drift
+    assert run.pace > 0 and run.pace != 1
     foreign = dataclasses.replace(here("cpu", 1, 1, "float32", "auto"), machine="a phone")
     table(foreign).save("latency.json")
     run = Check(CheckConfig(nets=2, repeats=1, allow_foreign=True))
     run.run()
-    assert run.drift is None
+    assert run.pace == 1
 
 
 def test_real_networks(folder, capsys):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.latency.conditions import Conditions, here
-from fastnas.latency.measure import MeasureConfig, Measurement
+from fastnas.latency.pace import Pace, without_pace
 from fastnas.latency.plot import check_plot, write_plot
 from fastnas.latency.table import Calibration, LatencyTable, block_rules, quartiles
 from fastnas.latency.timing import deployed, images, measuring, stopwatch
@@ -77,7 +77,7 @@ class Agreement:
     """Predicted and measured times of whole networks.
 
     Attributes:
-        predicted: milliseconds by the table, calibrated.
+        predicted: milliseconds by the table.
         measured: milliseconds of the whole networks (``time_networks``).
     """
 
@@ -126,8 +126,8 @@ class Check:
 
     Attributes:
         table: the table; after a calibration, with it.
-        drift: after a run, how long blocks take now, as a factor of what the table says; None for
-            a table of another machine.
+        pace: after a run, how long blocks take now, as a factor of what the table says; 1 for a
+            table of another machine.
 
     Raises:
         FileNotFoundError: there is no such table.
@@ -145,7 +145,7 @@ class Check:
         self.device = resolve_device(device)
         check_threads(c.threads)
         self.conditions = here(device, c.threads, c.batch, c.dtype, c.memory_format)
-        self.drift: float | None = None
+        self.pace = 1.0
         if not config.allow_foreign:
             self.table.check_here(str(self.path), conditions=self.conditions)
         if config.plot is not None:
@@ -156,7 +156,8 @@ class Check:
         """Time the networks, and do what the configuration asks for.
 
         Returns:
-            Predictions and measured times; after a calibration, the calibrated predictions.
+            Predictions at the present pace of the machine, and measured times; after a
+            calibration, the calibrated predictions.
 
         Raises:
             ValueError: the table lacks a block of a network.
@@ -167,7 +168,7 @@ class Check:
         generator = torch.Generator().manual_seed(self.config.seed)
         genotypes = [rules.sample(shape, generator) for _ in range(self.config.nets)]
         predicted = [self.table.latency(rules.keys(genotype, shape)) for genotype in genotypes]
-        before = self._drift()
+        paces: list[float] = []
         measured = time_networks(
             [partial(rules.network, genotype, shape) for genotype in genotypes],
             (shape.in_channels, shape.image_size, shape.image_size),
@@ -175,42 +176,23 @@ class Check:
             self.device,
             repeats=self.config.repeats,
             seed=self.config.seed,
+            between=self._pace_into(paces),
             tell=self._tell,
         )
-        after = self._drift()
-        self.drift = None if before is None or after is None else (before + after) / 2
-        agreement = Agreement(tuple(predicted), tuple(measured))
+        self.pace = quartiles(paces)[1] if paces else 1.0
+        agreement = Agreement(tuple(predicted), tuple(measured)).scaled(self.pace)
         if self.config.calibrate:
             agreement = self._calibrate(agreement)
         if self.config.plot is not None:
             write_plot(self.config.plot, agreement, self.table)
         return agreement
 
-    def _drift(self) -> float | None:
-        """Time the blocks once more, briefly.
-
-        Processors run slower when they are hot, or share a core with somebody. That makes all
-        networks slower than predicted, and is no fault of the table.
-        """
-        c = self.conditions
-        if self.table.conditions != c:
-            return None
-        config = MeasureConfig(
-            space=self.table.space,
-            out=None,
-            device=str(self.device),
-            threads=c.threads,
-            batch=c.batch,
-            dtype=c.dtype,
-            memory_format=c.memory_format,
-            warmup=2,
-            repeats=5,
-            shape=self.table.shape,
-        )
-        now = Measurement(config).run().blocks
-        then = self.table.blocks
-        ratios = [time.ms / then[key].ms for key, time in now.items() if then[key].ms]
-        return quartiles(ratios)[1] if ratios else None
+    def _pace_into(self, paces: list[float]) -> Callable[[], None]:
+        """What notes the pace of the machine; nothing where it cannot be compared."""
+        if self.table.conditions != self.conditions:
+            return lambda: None
+        pace = Pace(self.table, self.device)
+        return lambda: paces.append(pace.now())
 
     def _calibrate(self, agreement: Agreement) -> Agreement:
         plain = agreement.scaled(1 / self.table.factor)
@@ -230,6 +212,7 @@ def time_networks(
     *,
     repeats: int = 24,
     seed: int = 0,
+    between: Callable[[], None] = lambda: None,
     tell: Tell = lambda done, total: None,
 ) -> list[float]:
     """Time whole networks, a few at a time in turns.
@@ -241,6 +224,7 @@ def time_networks(
         device: where to time.
         repeats: timed passes of each network.
         seed: of weights and images.
+        between: called after every turn.
         tell: told ``(timed passes, passes in all)``.
 
     Returns:
@@ -254,26 +238,10 @@ def time_networks(
         for group in _groups(builds, image_shape, conditions, device):
             turns: list[list[float]] = []
             with measuring(conditions, device):
-                for done in _time_group(group, turns, x, device, repeats):
+                for done in _time_group(group, turns, x, device, repeats, between):
                     tell(repeats * len(found) + done, repeats * len(builds))
             found += without_pace(turns)
     return found
-
-
-def without_pace(turns: Sequence[Sequence[float]]) -> list[float]:
-    """One time for each network from its times in all turns.
-
-    A machine changes its pace from turn to turn, for all networks alike: a time is taken as a
-    network's own times that of the turn, and these are told apart by medians (Tukey's median
-    polish, one step). At a steady pace it is the median over the turns.
-
-    Args:
-        turns: for each turn the times of all networks.
-    """
-    logs = torch.tensor(turns, dtype=torch.float64).log()
-    own = logs.quantile(0.5, dim=0)
-    pace = (logs - own).quantile(0.5, dim=1, keepdim=True)
-    return (logs - pace).quantile(0.5, dim=0).add(pace.quantile(0.5)).exp().tolist()
 
 
 def _groups(
@@ -301,6 +269,7 @@ def _time_group(
     x: Tensor,
     device: torch.device,
     repeats: int,
+    between: Callable[[], None],
 ) -> Iterator[int]:
     """Time each a few passes in a row, as a deployed network runs again and again, in turns.
 
@@ -322,6 +291,7 @@ def _time_group(
             done += passes
             yield done
         turns.append(turn)
+        between()
 
 
 def _settled(

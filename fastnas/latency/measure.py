@@ -26,9 +26,9 @@ from fastnas.latency.timing import deployed, images, measuring, stopwatch
 from fastnas.search.fields import SEEDS, check_range
 from fastnas.search.interrupts import Interrupts, RunInterrupted
 from fastnas.search.runtime import check_threads, resolve_device
-from fastnas.spaces import NetworkShape
+from fastnas.spaces import BlockPlan, NetworkShape
 
-__all__ = ["MeasureConfig", "Measurement"]
+__all__ = ["BlockCall", "MeasureConfig", "Measurement", "prepare"]
 
 _SAVE_SECONDS = 5.0
 """A table that is being measured is written as often; a kill loses no more."""
@@ -147,7 +147,7 @@ class Measurement:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._save()
         with Interrupts() as interrupts, measuring(self.table.conditions, self.device):
-            calls = self._prepare()
+            calls = prepare(self.plan, self.table.conditions, self.device, self.config.seed)
             saved = time.monotonic()
             for done in self._work(calls):
                 self._tell(done, self.total)
@@ -186,21 +186,7 @@ class Measurement:
         table.procedure = Procedure(self.config.warmup, self.config.repeats, self.config.seed)
         return table
 
-    def _prepare(self) -> dict[str, _Call]:
-        """Build every block."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        conditions = self.table.conditions
-        calls = {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            for key, block in self.plan.blocks.items():
-                module = deployed(block.build(), conditions, self.device)
-                calls[key] = _Call(
-                    module, images(block.input_shape, conditions, self.device, generator)
-                )
-        return calls
-
-    def _work(self, calls: dict[str, _Call]) -> Iterator[int]:
+    def _work(self, calls: dict[str, BlockCall]) -> Iterator[int]:
         """Warm up, then round after round; gives the timed calls so far after each call.
 
         A round counts when all of it is done.
@@ -236,7 +222,7 @@ class Measurement:
         return f"{text}; continue with: fastnas latency measure --resume --out {self.path}"
 
 
-class _Call(NamedTuple):
+class BlockCall(NamedTuple):
     """A block ready to run."""
 
     module: nn.Module
@@ -245,3 +231,17 @@ class _Call(NamedTuple):
     def fresh_input(self) -> Tensor:
         """The input, just written."""
         return self.source.clone()
+
+
+def prepare(
+    plan: BlockPlan, conditions: Conditions, device: torch.device, seed: int
+) -> dict[str, BlockCall]:
+    """Build every block of a plan, with weights and images by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    calls = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for key, block in plan.blocks.items():
+            module = deployed(block.build(), conditions, device)
+            calls[key] = BlockCall(module, images(block.input_shape, conditions, device, generator))
+    return calls
