@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastnas.nn.gates import Gate
+
 if TYPE_CHECKING:
     from fastnas.spaces.blocks import BlockRules
 
-__all__ = ["CellSpec", "CellWeights", "Space", "check_positive"]
+__all__ = ["CellGates", "CellSpec", "CellWeights", "Space", "SpaceOptions", "check_positive"]
 
 
 def check_positive(**values: object) -> None:
@@ -39,24 +41,62 @@ class CellWeights(NamedTuple):
     edges: Tensor | None = None
 
 
+class CellGates(NamedTuple):
+    """The paths a method drew, for a supernet that runs one candidate an edge.
+
+    Attributes:
+        edges: the gate of each edge, in the order of the rows of alpha.
+    """
+
+    edges: tuple[Gate, ...]
+
+
+@dataclass(frozen=True)
+class SpaceOptions:
+    """Options that only one space has; a space with options subclasses this."""
+
+
 @dataclass(frozen=True)
 class CellSpec:
     """The choices in one kind of cell.
 
-    Edges are numbered node by node, within a node by source state.
+    Edges are numbered node by node, within a node by source state. A network without cells is one
+    cell: a chain of blocks has nodes of one incoming edge.
 
     Attributes:
         inputs_per_node: number of incoming edges of each intermediate node.
         primitives: names of the candidates on every edge; the order is the columns' order.
+        counts: number of candidates of each edge, the first ones of ``primitives``, where not all
+            edges have all of them; else None.
+
+    Raises:
+        ValueError: ``counts`` are not one for each edge, from 1 to the number of candidates.
     """
 
     inputs_per_node: tuple[int, ...]
     primitives: tuple[str, ...]
+    counts: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        if self.counts is None:
+            return
+        if len(self.counts) != self.edges:
+            raise ValueError(
+                f"counts: {len(self.counts)} numbers, wanted one for {self.edges} edges"
+            )
+        if not all(1 <= count <= len(self.primitives) for count in self.counts):
+            raise ValueError(f"counts: {self.counts}, wanted 1 to {len(self.primitives)}")
 
     @property
     def edges(self) -> int:
         """Number of edges in the cell."""
         return sum(self.inputs_per_node)
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """Number of candidates of each edge; their sum is the number of logits."""
+        return (len(self.primitives),) * self.edges if self.counts is None else self.counts
 
     @property
     def node_slices(self) -> tuple[slice, ...]:
