@@ -276,7 +276,7 @@ def test_search_on_a_terminal():
     assert re.search(r" {6}1/2 +\d+\.\d{3} +\d+\.\d%", text)
     assert " left" in text
     (op, source), *_ = result.genotype.normal
-    assert f"{op}({source})" in text[text.index("The cells that were found") :]
+    assert f"{op}({source})" in text[text.index("What was found") :]
     assert text.endswith("\x1b[?25h") or "\x1b[?25h" in text  # the cursor is back
 
 
@@ -288,7 +288,7 @@ def test_search_on_a_narrow_terminal():
     assert any(re.match(r"epoch 2/2 \S+ +\d+% \d:\d\d left$", line) for line in lines)
     # Which steps are drawn depends on how fast they are: of training, or of testing.
     assert any(re.search(r"loss \d\.\d{3}  accuracy \d+\.\d%", line) for line in lines)
-    found = "".join(lines[lines.index("The cells that were found:") :])
+    found = "".join(lines[lines.index("What was found:") :])
     for op, source in (*result.genotype.normal, *result.genotype.reduce):
         assert f"{op}({source})" in found  # in two lines rather than cut off
 

@@ -132,7 +132,7 @@ class _SearchDisplay(search.Progress):
     def end(self, result: SearchResult) -> None:
         """Show what was found."""
         self._bar.stop()
-        self._console.print("\nThe cells that were found:", style="bold")
+        self._console.print("\nWhat was found:", style="bold")
         self._console.print(Padding(genotype_table(result.genotype), (0, 0, 1, 2)))
         for hint in _after_search(result):
             self._console.print(hint)
@@ -157,8 +157,7 @@ class _EvaluationDisplay(evaluate.Progress):
         self._console.print(
             _headline(f"Training {e.source.label}", e.data.name, e.device, e.path),
             genotype_table(e.source.genotype),
-            f"C {e.config.C}, {e.config.layers} layers, {e.parameters:,} parameters, "
-            f"{e.operations.macs:,} MACs per image\n",
+            f"{e.size()}{e.parameters:,} parameters, {e.operations.macs:,} MACs per image\n",
             sep="\n",
         )
         if e.resumed:

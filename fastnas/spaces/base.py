@@ -9,7 +9,7 @@ reads a genotype off the scores that a method gives to each (edge, candidate).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ class CellSpec:
         primitives: names of the candidates on every edge; the order is the columns' order.
         counts: number of candidates of each edge, the first ones of ``primitives``, where not all
             edges have all of them; else None.
+        zero: name of the candidate that returns zeros, if there is one.
 
     Raises:
         ValueError: ``counts`` are not one for each edge, from 1 to the number of candidates.
@@ -76,6 +77,7 @@ class CellSpec:
     inputs_per_node: tuple[int, ...]
     primitives: tuple[str, ...]
     counts: tuple[int, ...] | None = None
+    zero: str | None = None
 
     def __post_init__(self) -> None:
         """Check the counts."""
@@ -97,6 +99,12 @@ class CellSpec:
     def candidates(self) -> tuple[int, ...]:
         """Number of candidates of each edge; their sum is the number of logits."""
         return (len(self.primitives),) * self.edges if self.counts is None else self.counts
+
+    @property
+    def zeros(self) -> tuple[int | None, ...]:
+        """For each edge the number of the candidate that returns zeros, None where none does."""
+        zero = self.primitives.index(self.zero) if self.zero in self.primitives else None
+        return tuple(zero if zero is not None and zero < n else None for n in self.candidates)
 
     @property
     def node_slices(self) -> tuple[slice, ...]:
@@ -140,6 +148,12 @@ class Space:
         genotypes: published architectures by name.
         blocks: how its networks fall into blocks, for ``fastnas latency`` and costs; None where
             nobody has said.
+        options: dataclass of the options that only this space has; arguments of ``supernet``.
+        presets: preset name -> configuration fields in which the space differs from the preset.
+        fields: configuration fields of a search that are arguments of ``supernet``.
+        network_fields: configuration fields of an evaluation that ``network`` knows.
+        features: what methods may need of the supernet: ``gates`` (it takes ``CellGates``),
+            ``partial_channels`` (it takes that argument).
     """
 
     name: str
@@ -149,3 +163,8 @@ class Space:
     derive: Callable[[Mapping[str, Tensor], Mapping[str, CellSpec]], Any]
     genotypes: Mapping[str, Any]
     blocks: BlockRules | None = None
+    options: type[SpaceOptions] = SpaceOptions
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fields: tuple[str, ...] = ("C", "layers", "stem")
+    network_fields: tuple[str, ...] = ("C", "layers", "stem", "auxiliary", "drop_path")
+    features: frozenset[str] = frozenset({"partial_channels"})

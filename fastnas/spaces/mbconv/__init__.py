@@ -34,4 +34,26 @@ SPACE = Space(
     derive=derive,
     genotypes=GENOTYPES,
     blocks=RULES,
+    options=MBConvOptions,
+    presets={
+        # Six blocks for 28x28 images, and a fifth of the search's time for each epoch.
+        "demo": {
+            "network": MBConvOptions(
+                stem_channels=16,
+                stem_stride=1,
+                first_channels=8,
+                stage_channels=(16, 24, 40),
+                stage_blocks=(2, 2, 2),
+                stage_strides=(2, 2, 2),
+                head_channels=160,
+            ),
+        },
+        # Images of 32x32 are halved three times: the widths are those for ImageNet.
+        "cifar10": {
+            "network": MBConvOptions(stem_stride=1, stage_strides=(1, 2, 2, 1, 2, 1)),
+        },
+    },
+    fields=(),
+    network_fields=(),
+    features=frozenset({"gates"}),
 )

@@ -48,7 +48,8 @@ class ChainSpec(CellSpec):
     def of(cls, layout: Layout) -> ChainSpec:
         """The choices of a layout."""
         names = [place.candidates for place in layout.places]
-        return cls((1,) * len(names), max(names, key=len), tuple(map(len, names)), layout=layout)
+        counts = tuple(map(len, names))
+        return cls((1,) * len(names), max(names, key=len), counts, ZERO, layout=layout)
 
 
 class Supernet(nn.Module):
