@@ -298,7 +298,8 @@ class Method(abc.ABC):
         outcome = None
         if val is not None:
             outcome = self.architecture_step(learner, train, val(), moment.during("architecture"))
-            self.settle(learner.arch, moment)
+            if self.term is not None:
+                self.settle(learner.arch, moment)
         return learner.weight_step(train, moment.during("weights")), outcome
 
     def settle(self, arch: ArchParameters, moment: Moment) -> None:
@@ -324,8 +325,8 @@ class Method(abc.ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state of :meth:`state_dict`."""
         if set(state) != set(self.state_dict()):
-            wanted = sorted(self.state_dict()) or "no state"
-            raise ValueError(f"method {self.name!r}: expected {wanted}, but got {sorted(state)}")
+            wanted = ", ".join(self.state_dict()) or "no state"
+            raise ValueError(f"method {self.name!r} has {wanted}, but got {sorted(state)}")
         if self.term is not None:
             self.term.load_state_dict(state["term"])
 
