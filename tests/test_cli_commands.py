@@ -26,6 +26,7 @@ from fastnas.cli import main
 from fastnas.cli.progress import evaluation_progress, search_progress
 from fastnas.evaluate import Evaluation
 from fastnas.search import Search
+from fastnas.spaces import SPACES
 from fastnas.spaces.darts import GENOTYPES, Genotype
 
 TINY = ["--epochs", "2", "--C", "4", "--layers", "3", "--batch-size", "16", "--threads", "1"]
@@ -241,8 +242,8 @@ def test_info(capsys):
 def test_genotypes(capsys):
     assert main(["genotypes"]) == 0
     names = capsys.readouterr().out.split()
-    assert names == list(GENOTYPES)
-    for name in names:
+    assert names == [name for space in SPACES.values() for name in space.genotypes]
+    for name in GENOTYPES:
         assert main(["genotypes", name]) == 0
         assert Genotype.from_json(capsys.readouterr().out) == GENOTYPES[name]
         assert main(["genotypes", name, "--format", "text"]) == 0

@@ -17,10 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from fastnas.cli.options import choices
 from fastnas.cli.terminal import console, error_console
 from fastnas.data import load
+from fastnas.evaluate import PRESETS
 from fastnas.latency import LatencyTable, MeasureConfig, Measurement
 from fastnas.latency.check import Check, CheckConfig
 from fastnas.latency.table import block_rules
-from fastnas.spaces import SPACES
+from fastnas.spaces import SPACES, get_space
 
 __all__ = ["main"]
 
@@ -28,6 +29,11 @@ _WORDS = {
     "measure": "Time every distinct block of a space on this machine, into a table.",
     "check": "Time whole random networks and compare them with what a table predicts.",
 }
+
+_PRESET_HELP = (
+    "Sizes of the networks of a preset of `fastnas search` (demo, cifar10, imagenet) as defaults "
+    "of the options for these."
+)
 
 _DATA_HELP = (
     "Images (fashion-mnist-mini, cifar10:DIR, ...) whose size, channels and number of classes are "
@@ -79,16 +85,18 @@ def _measure(argv: Sequence[str]) -> int:
 
 
 def _measure_config(argv: Sequence[str]) -> MeasureConfig:
-    """The options over the defaults: of the space, of ``--data``, or of the table begun before."""
-    chosen = choices(argv, space="darts", data="", out="latency.json")
+    """The options over the defaults: of space, preset and ``--data``, or of the table begun."""
+    chosen = choices(argv, space="darts", preset="", data="", out="latency.json")
     shape = block_rules(chosen["space"]).shape
-    config = MeasureConfig(space=chosen["space"], shape=shape(**_of_data(chosen["data"])))
+    fields = {**_of_preset(chosen["preset"], chosen["space"]), **_of_data(chosen["data"])}
+    config = MeasureConfig(space=chosen["space"], shape=shape(**fields))
     if "--resume" in argv:
         config = _begun(chosen["out"])
     # No name: the fields of the configuration stand beside the others.
     options = dataclasses.make_dataclass(
         "Options",
         [
+            ("preset", Annotated[str | None, tyro.conf.arg(help=_PRESET_HELP)]),
             ("data", Annotated[str | None, tyro.conf.arg(help=_DATA_HELP)]),
             ("config", Annotated[MeasureConfig, tyro.conf.arg(name="")]),
         ],
@@ -97,7 +105,7 @@ def _measure_config(argv: Sequence[str]) -> MeasureConfig:
         options,
         prog="fastnas latency measure",
         description=f"{_WORDS['measure']}\n\nSpaces: {', '.join(_spaces())}.",
-        default=options(None, config),
+        default=options(None, None, config),
         args=list(argv),
         config=(tyro.conf.OmitArgPrefixes,),
     )
@@ -106,6 +114,22 @@ def _measure_config(argv: Sequence[str]) -> MeasureConfig:
 
 def _spaces() -> list[str]:
     return [name for name, space in SPACES.items() if space.blocks is not None]
+
+
+def _of_preset(preset: str, space: str) -> dict[str, Any]:
+    """The sizes of the networks that a search with a preset finds, as `fastnas eval` trains them.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    if not preset:
+        return {}
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, but got {preset!r}")
+    network = get_space(space).presets.get(preset, {}).get("network")
+    values = {**PRESETS[preset], **({} if network is None else vars(network))}
+    known = {field.name for field in dataclasses.fields(block_rules(space).shape)}
+    return {name: value for name, value in values.items() if name in known and value is not None}
 
 
 def _of_data(spec: str) -> dict[str, int]:
