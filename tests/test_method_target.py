@@ -175,6 +175,12 @@ def test_the_choice_is_the_best_there_is(seed):
         assert sum(row[k] for row, k in zip(gains, chosen, strict=True)) >= best - 1e-12
 
 
+def test_costs_are_rounded_up():
+    """Two costs a little above half the budget do not fit, however they are rounded."""
+    row = [0.500_04, 0.1]
+    assert sum(choose_within([[0.0, -1.0]] * 2, [row] * 2, 1.0)) == 1
+
+
 def test_no_choice():
     with pytest.raises(ValueError, match="budget: expected at least 3, but got 2"):
         choose_within([[0.0, 0.0]], [[3.0, 4.0]], 2.0)

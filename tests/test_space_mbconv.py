@@ -190,7 +190,7 @@ def test_a_genotype_of_other_widths_has_no_keys_here():
 def test_a_path_of_the_supernet_is_the_derived_network():
     net = tiny()
     spec = net.cell_specs["block"]
-    paths = [3, 6, 4, 6]
+    paths = [3, 2, 4, 6]
     genotype = mbconv.Genotype.build(spec.layout, [spec.primitives[k] for k in paths])
     derived = mbconv.Network(genotype)
     state = {}
