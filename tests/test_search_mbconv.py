@@ -15,6 +15,7 @@ from fastnas.evaluate import Evaluation, find_genotype, load_network
 from fastnas.evaluate import preset_config as evaluate_config
 from fastnas.methods import ProxylessOptions
 from fastnas.search import Progress, RunInterrupted, Search, preset_config
+from fastnas.search.progress import against_target
 from fastnas.spaces import SPACES, count_macs, count_parameters, mbconv
 
 NETWORK = mbconv.MBConvOptions(
@@ -98,6 +99,15 @@ def test_a_target_is_met_and_recorded():
         assert record["expected"] > 0 and record["multiplier"] >= 0
         found.append(macs)
     assert found == sorted(found)
+
+
+def test_the_target_in_words():
+    record = {"macs": {"expected": 3e6, "derived": 2.5e6, "target": 3.2e6}}
+    assert against_target(record) == ["macs 2.5M of 3.2M"]
+    record = {"params": {"expected": 90_000.0, "target": 2e9}, "latency": {"expected": 0.5}}
+    record["latency"] |= {"derived": 1.2345678, "target": 12}
+    words = ["expected params 90k of 2G", "latency 1.235 ms of 12 ms"]
+    assert against_target(record) == words and against_target({}) == []
 
 
 def test_a_target_that_no_network_meets():
@@ -191,6 +201,7 @@ def test_the_command_searches(capsys, tmp_path):
     words += ["--arch-share", "0.02", "--arch-warmup-epochs", "0", "--target", "macs=2M"]
     words += ["--stage-blocks", "1", "1", "1", "--estimator", "two", "--device", "cpu"]
     assert main(words) == 0
+    assert "macs " in capsys.readouterr().out.splitlines()[-2]
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["network"]["stage_blocks"] == [1, 1, 1]
     assert saved["options"]["estimator"] == "two"

@@ -21,7 +21,7 @@ _COMMANDS = (
     (
         "search",
         "fastnas.cli.search",
-        "Search a cell: the bilevel search of DARTS and its relatives.",
+        "Search an architecture, by DARTS and its relatives.",
     ),
     ("eval", "fastnas.cli.evaluate", "Train the network of a genotype and test it."),
     ("genotypes", "fastnas.cli.genotypes", "List the published genotypes, or print one."),

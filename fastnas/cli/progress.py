@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fastnas import evaluate, search
 from fastnas.cli.terminal import console, genotype_table
-from fastnas.search.progress import StepReport, clock
+from fastnas.search.progress import StepReport, against_target, clock
 
 if TYPE_CHECKING:
     from fastnas.evaluate import Evaluation, EvaluationResult
@@ -134,6 +134,8 @@ class _SearchDisplay(search.Progress):
         self._bar.stop()
         self._console.print("\nWhat was found:", style="bold")
         self._console.print(Padding(genotype_table(result.genotype), (0, 0, 1, 2)))
+        for line in against_target(result.history[-1]):
+            self._console.print(line)
         for hint in _after_search(result):
             self._console.print(hint)
 

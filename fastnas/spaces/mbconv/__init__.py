@@ -36,8 +36,8 @@ SPACE = Space(
     blocks=RULES,
     options=MBConvOptions,
     presets={
-        # For images of 28x28. Nine of the twelve blocks may be skipped, so that the cheapest network
-        # takes a third of the time of the largest.
+        # For images of 28x28. Nine of the twelve blocks may be skipped: the cheapest network takes
+        # a third of the time of the largest.
         "demo": {
             "network": MBConvOptions(
                 stem_channels=16,
