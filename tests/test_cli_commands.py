@@ -134,7 +134,7 @@ def test_signal_saves_and_says_how_to_go_on(folder, capsys, number):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["frob"], "fastnas: expected a command (search, eval, genotypes, info), but got 'frob'"),
+        (["frob"], "expected a command (search, eval, genotypes, latency, info), but got 'frob'"),
         (["search", "--preset", "big"], "preset: expected one of demo, cifar10, imagenet"),
         (
             ["search", "--method", "magic"],

@@ -87,13 +87,13 @@ class Proxyless(Method):
         # One path a step: each candidate needs more steps than in a search that runs all of them.
         "demo": {
             "options": ProxylessOptions(arch_every=2),
-            "epochs": 16,
+            "epochs": 10,
             "weight_share": 0.6,
             "arch_share": 0.2,
             "label_smoothing": 0.1,
             "arch_betas": (0.0, 0.999),
             "arch_weight_decay": 0.0,
-            "arch_warmup_epochs": 5,
+            "arch_warmup_epochs": 3,
         },
         "cifar10": {
             "arch_betas": (0.0, 0.999),
