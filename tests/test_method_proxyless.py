@@ -419,6 +419,10 @@ def test_two_cosines_by_iterations():
             {"options": ProxylessOptions(estimator="two"), "arch_weight_decay": 0.1},
             "arch_weight_decay: expected 0 with two paths",
         ),
+        (
+            {"options": ProxylessOptions(importance=True)},
+            "importance: expected the estimator 'two', but got 'full'",
+        ),
         ({"label_smoothing": 1.0}, "label_smoothing: expected 0 or more and less than 1"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov: expected momentum above 0"),
     ],

@@ -95,9 +95,19 @@ def test_loss_forms():
         assert term.loss(ce, E).item() / 2 == pytest.approx(factor, abs=1e-6)
     # A cost below one unit has no logarithm to a fractional power: it is no NaN all the same.
     assert CostTerm(cost, T, "log_ratio").loss(ce, E * 0).isfinite()
-    constraint = CostTerm(cost, T, "constraint", 0.5)
-    assert constraint.loss(ce, E).item() == pytest.approx(2 + 0.5 * math.log(E.item() / T))
     assert [CostTerm(cost, T, form).weight for form in ("linear", "log_ratio")] == [0.1, 0.3]
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.5])
+@pytest.mark.parametrize("E", [160.0, 80.0, 60.0, 20.0])
+def test_the_constraint_pulls_as_far_as_it_is_violated(multiplier, E):
+    term = CostTerm(cost_of(EDGE), 80.0, "constraint", multiplier)
+    expected = torch.tensor(E, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(term.loss(torch.zeros(()), expected), expected)
+    c = math.log(E / 80)
+    assert found.item() == pytest.approx(max(0.0, multiplier + c) / E, abs=1e-9)
+    value = term.loss(torch.tensor(2.0), expected).item()
+    assert value == pytest.approx(2 + (max(0.0, multiplier + c) ** 2 - multiplier**2) / 2)
 
 
 def test_the_multiplier_follows_the_excess():
@@ -137,14 +147,16 @@ def test_costs_serve_methods_of_cells(method, name):
     arch = found.parameters()
     task = torch.zeros(())
     loss = found.objective(task, arch, Moment(0, 1, 0))
+    assert loss.requires_grad
     gradient = torch.autograd.grad(loss, list(arch.parameters()))
     assert all(g.abs().sum() > 0 for g in gradient)
     expected = cost.expected(found.weights(arch, Moment(0, 1, 0))).item()
-    assert loss.item() == pytest.approx(math.log(expected / 1e4), rel=1e-4)
+    excess = math.log(expected / 1e4)
+    assert loss.item() == pytest.approx((max(0.0, 1 + excess) ** 2 - 1) / 2, rel=1e-4)
     facts = found.facts(arch, Moment(0, 1, 0))[name]
     assert facts["expected"] == pytest.approx(expected)
     found.settle(arch, Moment(0, 1, 0))
-    step = 0.1 * math.log(expected / 1e4)
+    step = 0.02 * excess
     assert found.term.multiplier == pytest.approx(1 + step, rel=1e-4)
 
 

@@ -142,6 +142,10 @@ class Proxyless(Method):
                 f"arch_warmup_epochs: expected at least warmup_epochs={options.warmup_epochs}, "
                 f"but got {config.arch_warmup_epochs}"
             )
+        if options.importance and options.estimator != "two":
+            raise ValueError(
+                f"importance: expected the estimator 'two', but got {options.estimator!r}"
+            )
         if options.estimator == "two":
             # Momentum or decay would move logits that were not drawn.
             for name, value in (

@@ -3,9 +3,11 @@
 
 Three forms of the loss, with CE the task's loss, E the expected cost and T the target:
 
-* ``constraint``: ``CE + lambda (log E - log T)``, where lambda is a Lagrange multiplier: after each
-  architecture step it grows by ``rate (log E - log T)``, and never falls below 0. The genotype is
-  the most probable network under T.
+* ``constraint``: ``CE + (max(0, lambda + c)^2 - lambda^2) / 2`` with ``c = log E - log T``, the
+  augmented Lagrangian of ``c <= 0``; its gradient is ``max(0, lambda + c) grad c``. After each
+  architecture step the multiplier lambda grows by ``rate c``, and never falls below 0. The square
+  of the violation acts at once and lets go at once, so that a slow multiplier does not overshoot.
+  The genotype is the most probable network under T.
 * ``linear``: ``CE + weight (E - T) / T`` (ProxylessNAS, section 3.3.1).
 * ``log_ratio``: ``CE (log E / log T)^weight`` (the released code of ProxylessNAS, up to a factor
   that Adam does not see). It needs E and T above 1, in whichever unit.
@@ -91,7 +93,7 @@ class CostTerm:
         limit: float,
         form: Form = "constraint",
         weight: float | None = None,
-        rate: float = 0.1,
+        rate: float = 0.02,
     ) -> None:
         if form not in _WEIGHTS:
             raise ValueError(f"form: expected one of {', '.join(_WEIGHTS)}, but got {form!r}")
@@ -121,8 +123,9 @@ class CostTerm:
             # Below 1 the logarithm is negative and has no fractional power.
             ratio = torch.log(expected.clamp(min=1.0 + 1e-6)) / math.log(self.limit)
             return task * ratio**self.weight
-        self._multiplier = self._multiplier.to(expected.device)
-        return task + self._multiplier * (torch.log(expected) - math.log(self.limit))
+        multiplier = self._multiplier = self._multiplier.to(expected.device)
+        pull = (multiplier + torch.log(expected) - math.log(self.limit)).clamp(min=0.0)
+        return task + (pull.square() - multiplier.square()) / 2
 
     def update(self, expected: Tensor) -> None:
         """Let the multiplier follow the expected cost after an architecture step."""

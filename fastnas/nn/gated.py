@@ -41,6 +41,15 @@ class GatedMixedOp(nn.Module):
 
     Raises:
         ValueError: there is no candidate.
+
+    Example:
+        >>> from fastnas.nn import GatedMixedOp, draw_gates
+        >>> edge = GatedMixedOp([torch.nn.Conv2d(8, 8, k, padding=k // 2) for k in (1, 3, 5)])
+        >>> alpha = torch.zeros(1, 3, requires_grad=True)  # of one edge
+        >>> gates = draw_gates(alpha, seed=0, step=0, paths="full")
+        >>> edge(torch.randn(2, 8, 6, 6), gates.edges[0]).square().mean().backward()
+        >>> alpha.grad.shape
+        torch.Size([1, 3])
     """
 
     def __init__(self, candidates: Iterable[nn.Module]) -> None:

@@ -84,11 +84,12 @@ class SearchConfig:
     """What the network that is found may cost: macs=300M, params=4M or latency=12ms. In a chain of
     blocks (mbconv) the most probable network under it is derived."""
     target_loss: Form = "constraint"
-    """How the target enters the loss. constraint: lambda (log E - log T), with a lambda that adapts
-    itself. linear: weight (E - T) / T. log_ratio: the loss times (log E / log T)^weight."""
+    """How the target enters the loss. constraint: an augmented Lagrangian of log E - log T <= 0,
+    with a multiplier lambda that adapts itself. linear: weight (E - T) / T. log_ratio: the loss
+    times (log E / log T)^weight."""
     target_weight: float | None = None
     """Factor of linear, exponent of log_ratio, first lambda of constraint; none: 0.1, 0.3, 0."""
-    target_rate: float = 0.1
+    target_rate: float = 0.02
     """Step of the lambda of constraint."""
     latency_table: str | None = None
     """Table of block times for a latency, as `fastnas latency measure` writes it."""
