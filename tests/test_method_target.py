@@ -211,6 +211,26 @@ def test_a_budget_keeps_one_candidate_an_edge():
     assert kept.argmax(1).tolist() == [0, 6]
 
 
+def test_a_block_is_skipped_where_that_is_more_probable_than_all_else():
+    specs = {"block": CellSpec((1, 1, 1), ("a", "b", "c", "zero"), (4, 4, 3), "zero")}
+    scores = {
+        "block": torch.tensor(
+            [[0.3, 0.1, 0.1, 0.5 - 0.05], [0.2, 0.1, 0.1, 0.6], [0.2, 0.5, 0.3, 0]]
+        )
+    }
+    cost = cost_of((1.0, 0.5, 0.5, None), (1.0, 1.0, 1.0, None), (1.0, 1.0, 1.0))
+    kept = within_budget(scores, cost.values, specs, 9.0)["block"]
+    assert kept.argmax(1).tolist() == [0, 3, 1]
+    # What the budget does not allow is worth less by its share among the others, or is skipped.
+    kept = within_budget(scores, cost.values, specs, 1.6)["block"]
+    assert kept.argmax(1).tolist() == [3, 3, 1]
+    scores["block"][0] = torch.tensor([0.3, 0.25, 0.1, 0.35])
+    kept = within_budget(scores, cost.values, specs, 1.6)["block"]
+    assert kept.argmax(1).tolist() == [1, 3, 1]
+    kept = within_budget(scores, cost.values, specs, 1.1)["block"]
+    assert kept.argmax(1).tolist() == [3, 3, 1]
+
+
 def method_of(limit, form="constraint", fixed=1.0):
     rows = (FIRST, EDGE)
     return Proxyless(specs_of(*rows), term=CostTerm(cost_of(*rows, fixed=fixed), limit, form))

@@ -36,6 +36,10 @@ def within_budget(
 ) -> dict[str, Tensor]:
     """Scores of which only one candidate an edge is left: the best choice within a budget.
 
+    The sum of the logarithms of the probabilities is largest. Where an edge may be skipped, all its
+    other candidates together stand against the skip, and then the best of them is worth as much as
+    they are together: a block is not lost because six candidates share what speaks for it.
+
     Args:
         scores: by kind ``[E, K]``, probabilities.
         values: by kind ``[E, K]``, what each candidate costs.
@@ -45,14 +49,27 @@ def within_budget(
     Raises:
         ValueError: nothing costs so little.
     """
-    log_p = [[math.log(max(p, 1e-300)) for p in row] for row in _rows(scores, specs)]
-    chosen = iter(choose_within(log_p, _rows(values, specs), budget))
+    zeros = [zero for spec in specs.values() for zero in spec.zeros]
+    rows = zip(_rows(scores, specs), zeros, strict=True)
+    gains = [_gains(row, zero) for row, zero in rows]
+    chosen = iter(choose_within(gains, _rows(values, specs), budget))
     kept = {}
     for kind, table in scores.items():
         kept[kind] = torch.zeros_like(table)
         for row in kept[kind]:
             row[next(chosen)] = 1.0
     return kept
+
+
+def _gains(row: Sequence[float], zero: int | None) -> list[float]:
+    """What each candidate of an edge is worth; ``zero`` is the one that skips it."""
+    log_p = [math.log(max(p, 1e-300)) for p in row]
+    if zero is None or len(row) == 1:
+        return log_p
+    others = sum(p for k, p in enumerate(row) if k != zero)
+    best = max(p for k, p in enumerate(log_p) if k != zero)
+    together = math.log(max(others, 1e-300)) - best
+    return [p if k == zero else p + together for k, p in enumerate(log_p)]
 
 
 def choose_within(
