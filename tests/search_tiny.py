@@ -122,6 +122,23 @@ def config(method: str = "darts", space: str = "tiny", **fields: object) -> Sear
     return preset_config("demo", method=method, space=space, **{**values, **fields})
 
 
+def assert_equal(a: object, b: object, where: str = "") -> None:
+    """Bit for bit, but for where and how long a run was."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in ("seconds", "out", "resume", "threads"):
+                assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{index}")
+    else:
+        assert a == b, where
+
+
 class Announce(Progress):
     """Prints a line after every iteration and every epoch, so that a test knows where a run is."""
 

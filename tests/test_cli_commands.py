@@ -26,6 +26,7 @@ from fastnas.cli import main
 from fastnas.cli.progress import evaluation_progress, search_progress
 from fastnas.evaluate import Evaluation
 from fastnas.search import Search
+from fastnas.spaces import SPACES
 from fastnas.spaces.darts import GENOTYPES, Genotype
 
 TINY = ["--epochs", "2", "--C", "4", "--layers", "3", "--batch-size", "16", "--threads", "1"]
@@ -133,7 +134,7 @@ def test_signal_saves_and_says_how_to_go_on(folder, capsys, number):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["frob"], "fastnas: expected a command (search, eval, genotypes, info), but got 'frob'"),
+        (["frob"], "expected a command (search, eval, genotypes, latency, info), but got 'frob'"),
         (["search", "--preset", "big"], "preset: expected one of demo, cifar10, imagenet"),
         (
             ["search", "--method", "magic"],
@@ -241,8 +242,8 @@ def test_info(capsys):
 def test_genotypes(capsys):
     assert main(["genotypes"]) == 0
     names = capsys.readouterr().out.split()
-    assert names == list(GENOTYPES)
-    for name in names:
+    assert names == [name for space in SPACES.values() for name in space.genotypes]
+    for name in GENOTYPES:
         assert main(["genotypes", name]) == 0
         assert Genotype.from_json(capsys.readouterr().out) == GENOTYPES[name]
         assert main(["genotypes", name, "--format", "text"]) == 0
@@ -276,7 +277,7 @@ def test_search_on_a_terminal():
     assert re.search(r" {6}1/2 +\d+\.\d{3} +\d+\.\d%", text)
     assert " left" in text
     (op, source), *_ = result.genotype.normal
-    assert f"{op}({source})" in text[text.index("The cells that were found") :]
+    assert f"{op}({source})" in text[text.index("What was found") :]
     assert text.endswith("\x1b[?25h") or "\x1b[?25h" in text  # the cursor is back
 
 
@@ -288,7 +289,7 @@ def test_search_on_a_narrow_terminal():
     assert any(re.match(r"epoch 2/2 \S+ +\d+% \d:\d\d left$", line) for line in lines)
     # Which steps are drawn depends on how fast they are: of training, or of testing.
     assert any(re.search(r"loss \d\.\d{3}  accuracy \d+\.\d%", line) for line in lines)
-    found = "".join(lines[lines.index("The cells that were found:") :])
+    found = "".join(lines[lines.index("What was found:") :])
     for op, source in (*result.genotype.normal, *result.genotype.reduce):
         assert f"{op}({source})" in found  # in two lines rather than cut off
 

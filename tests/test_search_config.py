@@ -13,6 +13,7 @@ import torch
 from fastnas.data import Augment
 from fastnas.methods import METHODS, DartsOptions, PCDartsOptions
 from fastnas.search import PRESETS, Progress, Search, SearchConfig, preset_config
+from fastnas.spaces import SPACES
 
 
 def test_cifar10_of_darts() -> None:
@@ -44,10 +45,14 @@ def test_imagenet_of_pc_darts() -> None:
     assert c.options == PCDartsOptions(partial_channels=2)
 
 
+def space_for(method: str) -> str:
+    return next(s.name for s in SPACES.values() if METHODS[method].needs <= s.features)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_serves_every_method(preset: str, method: str) -> None:
-    c = preset_config(preset, method=method)
+    c = preset_config(preset, method=method, space=space_for(method))
     assert c.method == method
     assert type(c.options) is METHODS[method].Options
 
@@ -66,7 +71,7 @@ def test_defaults_are_the_demo() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_json_round_trip(preset: str, method: str) -> None:
-    c = preset_config(preset, method=method)
+    c = preset_config(preset, method=method, space=space_for(method))
     text = json.dumps(c.to_dict(), allow_nan=False)
     assert SearchConfig.from_dict(json.loads(text)) == c
 

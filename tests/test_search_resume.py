@@ -16,7 +16,7 @@ from typing import IO
 import pytest
 import search_tiny
 import torch
-from search_tiny import config, images
+from search_tiny import assert_equal, config, images
 
 import fastnas.search.files as files
 from fastnas.search import Progress, Search, SearchConfig, load_checkpoint
@@ -56,22 +56,6 @@ def _space() -> object:
 def whole(_space: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run."""
     return uninterrupted(FIELDS, IMAGES, tmp_path_factory.mktemp("whole") / "run")
-
-
-def assert_equal(a: object, b: object, where: str = "") -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            if key not in ("seconds", "out", "resume", "threads"):
-                assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}/{index}")
-    else:
-        assert a == b, where
 
 
 def assert_same_run(wanted: Path, found: Path) -> None:

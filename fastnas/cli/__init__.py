@@ -21,10 +21,15 @@ _COMMANDS = (
     (
         "search",
         "fastnas.cli.search",
-        "Search a cell: the bilevel search of DARTS and its relatives.",
+        "Search an architecture, by DARTS and its relatives.",
     ),
     ("eval", "fastnas.cli.evaluate", "Train the network of a genotype and test it."),
     ("genotypes", "fastnas.cli.genotypes", "List the published genotypes, or print one."),
+    (
+        "latency",
+        "fastnas.cli.latency",
+        "Time the blocks of a space on this machine, and check what they predict.",
+    ),
     ("info", "fastnas.cli.info", "Print versions, devices and the kernels that were built."),
 )
 

@@ -24,8 +24,8 @@ class Options:
     """A published name, the folder of a search or a genotype file; without one, all published names
     are listed."""
     format: Literal["json", "text", "table"] = "json"
-    """json: as fastnas reads and writes it. text: the Genotype(...) of DARTS and its relatives.
-    table: for people."""
+    """json: as fastnas reads and writes it. text: one line, of cells the Genotype(...) of DARTS and
+    its relatives. table: for people."""
 
 
 def main(argv: Sequence[str]) -> int:

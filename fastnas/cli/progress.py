@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fastnas import evaluate, search
 from fastnas.cli.terminal import console, genotype_table
-from fastnas.search.progress import StepReport, clock
+from fastnas.search.progress import StepReport, against_target, clock
 
 if TYPE_CHECKING:
     from fastnas.evaluate import Evaluation, EvaluationResult
@@ -132,8 +132,10 @@ class _SearchDisplay(search.Progress):
     def end(self, result: SearchResult) -> None:
         """Show what was found."""
         self._bar.stop()
-        self._console.print("\nThe cells that were found:", style="bold")
+        self._console.print("\nWhat was found:", style="bold")
         self._console.print(Padding(genotype_table(result.genotype), (0, 0, 1, 2)))
+        for line in against_target(result.history[-1]):
+            self._console.print(line)
         for hint in _after_search(result):
             self._console.print(hint)
 
@@ -157,8 +159,7 @@ class _EvaluationDisplay(evaluate.Progress):
         self._console.print(
             _headline(f"Training {e.source.label}", e.data.name, e.device, e.path),
             genotype_table(e.source.genotype),
-            f"C {e.config.C}, {e.config.layers} layers, {e.parameters:,} parameters, "
-            f"{e.operations.macs:,} MACs per image\n",
+            f"{e.size()}{e.parameters:,} parameters, {e.operations.macs:,} MACs per image\n",
             sep="\n",
         )
         if e.resumed:

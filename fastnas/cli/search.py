@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 _DESCRIPTION = "\n\n".join(
     (  # paragraphs of one line: the parser does not wrap them
-        "Search a cell; without options, by PC-DARTS on images that come with the package.",
+        "Search an architecture; without options a cell, by PC-DARTS on images in the package.",
         f"Methods: {', '.join(METHODS)}. Spaces: {', '.join(SPACES)}.",
         "Writes config.json, metrics.jsonl, checkpoint.pt and genotype.json into --out.",
     )

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import singledispatch
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from fastnas.spaces import mbconv
 
 __all__ = ["console", "error_console", "genotype_table"]
 
@@ -23,13 +27,15 @@ def error_console() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+@singledispatch
 def genotype_table(genotype: Any) -> Table:
-    """The cells of a DARTS genotype, one row a node: ``sep_conv_3x3(0) + skip_connect(1)``.
+    """A genotype for people.
 
-    Sources are the papers' states: 0 and 1 are the two cells before, 2 and up the nodes.
+    The cells of DARTS have one row a node: ``sep_conv_3x3(0) + skip_connect(1)``; sources are the
+    papers' states: 0 and 1 are the two cells before, 2 and up the nodes. A network of MBConv blocks
+    has one row for each run of blocks of one width.
     """
-    table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
-    table.add_column("node", justify="right", no_wrap=True)
+    table = _empty_table("node")
     columns = (("normal cell", genotype.normal), ("reduction cell", genotype.reduce))
     for title, _ in columns:
         table.add_column(title, overflow="fold")  # on a narrow terminal in two lines, not cut off
@@ -39,6 +45,23 @@ def genotype_table(genotype: Any) -> Table:
     return table
 
 
+@genotype_table.register
+def _(genotype: mbconv.Genotype) -> Table:
+    table = _empty_table("channels")
+    table.add_column("stride", justify="right")
+    table.add_column("blocks", overflow="fold")
+    for _, stage in groupby(genotype.blocks, key=lambda block: block.out_channels):
+        blocks = list(stage)
+        ops = Text(" ").join(Text(b.op, style="dim" if b.skipped else "cyan") for b in blocks)
+        table.add_row(str(blocks[0].out_channels), str(blocks[0].stride), ops)
+    return table
+
+
+def _empty_table(first: str) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
+    table.add_column(first, justify="right", no_wrap=True)
+    return table
+
+
 def _node(pairs: Iterable[tuple[str, int]]) -> Text:
-    text = Text(" + ").join(Text(op, style="cyan") + Text(f"({source})") for op, source in pairs)
-    return text
+    return Text(" + ").join(Text(op, style="cyan") + Text(f"({source})") for op, source in pairs)

@@ -20,6 +20,7 @@ from fastnas.evaluate.source import GenotypeSource
 from fastnas.search.fields import SEEDS, check_range, from_dict, to_dict
 from fastnas.search.runtime import resolve_device
 from fastnas.search.schedule import ScheduleName
+from fastnas.spaces import get_space
 
 __all__ = ["PRESETS", "RUNTIME_FIELDS", "EvaluateConfig", "preset_config"]
 
@@ -40,11 +41,12 @@ class EvaluateConfig:
     """Continue the run in --out from its checkpoint."""
 
     C: int = 8
-    """Channels of the first cell's nodes."""
+    """Channels of the first cell's nodes (networks of cells)."""
     layers: int = 5
-    """Number of cells."""
+    """Number of cells (networks of cells)."""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """First layers: cifar keeps the image size, imagenet divides it by eight."""
+    """First layers: cifar keeps the image size, imagenet divides it by eight (networks of
+    cells)."""
 
     epochs: int = 6
     """Passes over the training images."""
@@ -68,11 +70,12 @@ class EvaluateConfig:
     """Largest gradient norm; 0 for no limit."""
 
     auxiliary: bool = False
-    """Train with an auxiliary classifier behind the second reduction cell."""
+    """Train with an auxiliary classifier behind the second reduction cell (networks of cells)."""
     auxiliary_weight: float = 0.4
     """Weight of its loss."""
     drop_path: float = 0.0
-    """Probability to drop an operation's output for an image; it rises linearly over the epochs."""
+    """Probability to drop an operation's output for an image; it rises linearly over the epochs
+    (networks of cells)."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
     augment: Augment = field(default_factory=lambda: Augment(crop_padding=2, flip=True))
@@ -114,13 +117,34 @@ class EvaluateConfig:
         return resolve_device(self.device)
 
     def resolve(self, source: GenotypeSource) -> EvaluateConfig:
-        """The same with ``data`` and ``out`` as they follow from the source."""
+        """The same with ``data`` and ``out`` as they follow from the source.
+
+        Fields that networks of its space do not know get their defaults, where they are from a
+        preset.
+
+        Raises:
+            ValueError: such a field has a value that no preset gives it.
+        """
         data = self.data or source.data or DEFAULT
         out = self.out
         if out == "auto":
             name = Path(source.label).stem
             out = f"runs/eval-{name}" if source.search is None else str(source.search / "eval")
-        return dataclasses.replace(self, data=data, out=out)
+        foreign = {name: self._foreign(name, source.space) for name in _NETWORK_FIELDS}
+        kept = set(get_space(source.space).network_fields)
+        changes = {name: value for name, value in foreign.items() if name not in kept}
+        return dataclasses.replace(self, data=data, out=out, **changes)
+
+    def _foreign(self, name: str, space: str) -> Any:
+        """The default of a field that networks of a space may not know."""
+        default = type(self).__dataclass_fields__[name].default
+        value = getattr(self, name)
+        known = name in get_space(space).network_fields
+        if not known and value not in [default, *(p.get(name, default) for p in PRESETS.values())]:
+            raise ValueError(
+                f"{name}: networks of the space {space!r} have no such option, but got {value}"
+            )
+        return default
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
@@ -140,6 +164,9 @@ class EvaluateConfig:
 # Fields that may differ between a run and its continuation: they name places and means, not the
 # training itself. The genotype is compared, not the words it was asked for with.
 RUNTIME_FIELDS = frozenset({"source", "out", "resume", "device", "threads", "log_every"})
+
+_NETWORK_FIELDS = ("C", "layers", "stem", "auxiliary", "drop_path")
+"""Fields that not the networks of every space know (``Space.network_fields``)."""
 
 _NOT_NEGATIVE = (
     *("lr", "lr_min", "lr_warmup_epochs", "momentum", "weight_decay", "grad_clip"),

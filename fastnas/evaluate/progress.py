@@ -55,8 +55,8 @@ class TextProgress(Progress):
         where = "" if e.path is None else f", {e.path}"
         begun = f", continued after epoch {e.epoch}" if e.resumed else ""
         self._write(
-            f"evaluation: {e.source.label} on {e.data.name}, C {e.config.C}, "
-            f"{e.config.layers} layers, {e.parameters:,} parameters, {e.device}{where}{begun}"
+            f"evaluation: {e.source.label} on {e.data.name}, {e.size()}{e.parameters:,} "
+            f"parameters, {e.device}{where}{begun}"
         )
 
     def epoch(self, record: Mapping[str, Any]) -> None:

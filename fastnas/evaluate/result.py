@@ -22,6 +22,9 @@ __all__ = ["NETWORK_KIND", "EvaluationResult", "load_network", "network_state"]
 
 NETWORK_KIND = "network"
 
+ARGUMENT_FIELDS = ("C", "layers", "auxiliary", "stem")
+"""Fields of the configuration that a network may be built with."""
+
 
 @dataclass(frozen=True)
 class EvaluationResult:
@@ -97,17 +100,17 @@ def network_state(
     return {
         "space": source.space,
         "genotype": source.genotype.to_dict(),
-        "arguments": {
-            "C": config.C,
-            "layers": config.layers,
-            "num_classes": data.num_classes,
-            "auxiliary": config.auxiliary,
-            "stem": config.stem,
-            "in_channels": data.channels,
-        },
+        "arguments": network_arguments(source, config, data),
         "record": dict(record),
         "state_dict": network.state_dict(),
     }
+
+
+def network_arguments(source: GenotypeSource, config: EvaluateConfig, data: Data) -> dict[str, Any]:
+    """What the network of a genotype is built with, beside the genotype."""
+    known = get_space(source.space).network_fields
+    fields = {name: getattr(config, name) for name in ARGUMENT_FIELDS if name in known}
+    return {**fields, "num_classes": data.num_classes, "in_channels": data.channels}
 
 
 def load_network(folder: str | os.PathLike[str]) -> nn.Module:

@@ -11,8 +11,9 @@ from typing import Any
 
 from fastnas.search.files import RunDirectory, read_json, read_jsonl
 from fastnas.spaces import SPACES
+from fastnas.spaces.mbconv.form import NAME as PROXYLESS_NAME
 
-__all__ = ["GenotypeSource", "find_genotype"]
+__all__ = ["GenotypeSource", "find_genotype", "space_of"]
 
 _MAX_BYTES = 100_000
 """Size of a genotype file; a real one has about 1 kB."""
@@ -44,8 +45,9 @@ def find_genotype(source: str | os.PathLike[str]) -> GenotypeSource:
 
     Args:
         source: a published name (``PC_DARTS_cifar``), the folder of a search, or a file: JSON as a
-            search writes it, or text with one ``Genotype(...)`` in it, as DARTS prints it. A file
-            or folder that has the name of a published architecture is reached as ``./NAME``.
+            search, or the released code of ProxylessNAS, writes it, or text with one
+            ``Genotype(...)`` in it, as DARTS prints it. A file or folder that has the name of a
+            published architecture is reached as ``./NAME``.
 
     Raises:
         FileNotFoundError: nothing has that name, or the search has not written a genotype yet.
@@ -65,6 +67,21 @@ def find_genotype(source: str | os.PathLike[str]) -> GenotypeSource:
     raise FileNotFoundError(
         f"{name}: expected the folder of a search, a genotype file or a published name "
         f"({published}), but there is none of these; a first search is made by: fastnas search"
+    )
+
+
+def space_of(genotype: Any) -> str:
+    """The name of the space whose genotypes are of this class.
+
+    Raises:
+        TypeError: there is none.
+    """
+    for space in SPACES.values():
+        if isinstance(genotype, space.genotype):
+            return space.name
+    raise TypeError(
+        f"genotype: expected one of the spaces {', '.join(SPACES)}, "
+        f"but got {type(genotype).__name__}"
     )
 
 
@@ -114,7 +131,8 @@ def _from_json(text: str) -> tuple[Any, str]:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not a JSON file ({error})") from None
-    name = data.get("space")
+    # The released code of ProxylessNAS writes no space.
+    name = "mbconv" if data.get("name") == PROXYLESS_NAME else data.get("space")
     if not isinstance(name, str) or name not in SPACES:
         raise ValueError(f"expected a genotype of one of the spaces {', '.join(SPACES)}")
     return SPACES[name].genotype.from_dict(data), name

@@ -20,8 +20,13 @@ from torch import Tensor, nn
 from fastnas.data import Data, load
 from fastnas.evaluate.config import RUNTIME_FIELDS, EvaluateConfig
 from fastnas.evaluate.progress import Progress, StepReport, TextProgress
-from fastnas.evaluate.result import NETWORK_KIND, EvaluationResult, network_state
-from fastnas.evaluate.source import GenotypeSource, find_genotype
+from fastnas.evaluate.result import (
+    NETWORK_KIND,
+    EvaluationResult,
+    network_arguments,
+    network_state,
+)
+from fastnas.evaluate.source import GenotypeSource, find_genotype, space_of
 from fastnas.methods import Outcome
 from fastnas.search.checkpoint import RandomState, save_checkpoint
 from fastnas.search.files import RunDirectory, write_json, write_text
@@ -54,8 +59,8 @@ class Evaluation(Resumable):
 
     Args:
         config: everything that decides how it goes.
-        genotype: architecture to train instead of the one ``config.source`` names; of the space
-            ``darts`` unless a :class:`GenotypeSource` says otherwise.
+        genotype: architecture to train instead of the one ``config.source`` names, or a
+            :class:`GenotypeSource`, where it is to be of a space with another's genotypes.
         data: images to use instead of ``config.data``.
         progress: told what happens; lines of text on standard output by default.
 
@@ -92,7 +97,7 @@ class Evaluation(Resumable):
         elif isinstance(genotype, GenotypeSource):
             self.source = genotype
         else:
-            self.source = GenotypeSource(genotype, "darts", "genotype")
+            self.source = GenotypeSource(genotype, space_of(genotype), "genotype")
         if data is not None:
             config = dataclasses.replace(config, data=data.name)
         self.config = config = config.resolve(self.source)
@@ -132,13 +137,7 @@ class Evaluation(Resumable):
     def _build_network(self) -> None:
         c, data = self.config, self.data
         self.network: nn.Module = get_space(self.source.space).network(
-            self.source.genotype,
-            C=c.C,
-            layers=c.layers,
-            num_classes=data.num_classes,
-            auxiliary=c.auxiliary,
-            stem=c.stem,
-            in_channels=data.channels,
+            self.source.genotype, **network_arguments(self.source, c, data)
         )
         # This also runs the network on shapes alone: images that do not fit are refused here.
         self.operations = count_operations(self.network, (1, data.channels, *data.image_size))
@@ -157,6 +156,11 @@ class Evaluation(Resumable):
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
         self._criterion = nn.CrossEntropyLoss(label_smoothing=c.label_smoothing)
+
+    def size(self) -> str:
+        """Width and depth for messages, where the configuration gives them: ``C 8, 5 layers, ``."""
+        known = get_space(self.source.space).network_fields
+        return f"C {self.config.C}, {self.config.layers} layers, " if "C" in known else ""
 
     def run(self) -> EvaluationResult:
         """Train to the end, from the start or from where the checkpoint was taken.
@@ -201,7 +205,8 @@ class Evaluation(Resumable):
             group["lr"] = lr
         # Rises linearly and stays just below its limit.
         drop_path = c.drop_path * self.epoch / c.epochs
-        self.network.drop_path_prob = drop_path  # type: ignore[assignment]
+        if "drop_path" in get_space(self.source.space).network_fields:
+            self.network.drop_path_prob = drop_path  # type: ignore[assignment]
         self.network.train()
         clock = time.perf_counter()
         for x, y in self._batches.iterate(self.epoch, self.step):
@@ -281,7 +286,7 @@ class Evaluation(Resumable):
             "test_accuracy": accuracy,
             "test_accuracy_top5": top5.accuracy if self.data.num_classes > _TOP else None,
             "lr": lr,
-            "drop_path": self.network.drop_path_prob,
+            "drop_path": getattr(self.network, "drop_path_prob", 0.0),
             "seconds": round(self._seconds, 3),
         }
         self.history.append(record)

@@ -18,11 +18,14 @@ from fastnas.methods.base import (
 from fastnas.methods.darts import Darts, DartsOptions
 from fastnas.methods.learner import Batch, Learner, Outcome
 from fastnas.methods.pc_darts import PCDarts, PCDartsOptions
+from fastnas.methods.proxyless import Proxyless, ProxylessOptions
+from fastnas.methods.target import CostTerm, Target
 
 __all__ = [
     "METHODS",
     "ArchParameters",
     "Batch",
+    "CostTerm",
     "Darts",
     "DartsOptions",
     "Learner",
@@ -33,5 +36,8 @@ __all__ = [
     "PCDarts",
     "PCDartsOptions",
     "Phase",
+    "Proxyless",
+    "ProxylessOptions",
+    "Target",
     "register_method",
 ]

@@ -11,14 +11,16 @@ become the weights of the mixed ops (:meth:`Method.weights`), which extra loss t
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastnas.spaces.base import CellSpec, CellWeights, Space
+from fastnas.methods.budget import cheapest, is_chain, within_budget
+from fastnas.methods.target import CostTerm
+from fastnas.spaces.base import CellGates, CellSpec, CellWeights, Space
 
 if TYPE_CHECKING:
     from fastnas.methods.learner import Batch, Learner, Outcome
@@ -35,16 +37,18 @@ class Moment:
         epochs: number of epochs of the search.
         step: iterations done since the search began.
         phase: what the forward pass is for.
+        steps_per_epoch: iterations in an epoch.
     """
 
     epoch: int
     epochs: int
     step: int
     phase: Phase = "weights"
+    steps_per_epoch: int = 1
 
     def during(self, phase: Phase) -> Moment:
         """The same moment in another phase."""
-        return Moment(self.epoch, self.epochs, self.step, phase)
+        return replace(self, phase=phase)
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,32 @@ class ArchParameters(nn.Module):
     with ``.to()``, and belong to no supernet, so that an optimizer of ``supernet.parameters()``
     never touches them.
 
+    Where edges differ in their number of candidates, ``alpha_<kind>`` is a list of parameters, one
+    an edge; then an edge can also do without a gradient.
+
     Args:
-        alphas: initial values by cell kind.
+        alphas: initial values by cell kind, ``[edges, candidates]``.
         betas: initial values by cell kind; none for a method without them.
+        counts: by cell kind, the number of candidates of each edge, the first ones of its row;
+            None, or a kind that is not there: all of them, in one parameter.
     """
 
     def __init__(
-        self, alphas: Mapping[str, Tensor], betas: Mapping[str, Tensor] | None = None
+        self,
+        alphas: Mapping[str, Tensor],
+        betas: Mapping[str, Tensor] | None = None,
+        counts: Mapping[str, Sequence[int] | None] | None = None,
     ) -> None:
         super().__init__()
         self._kinds = tuple(alphas)
+        self._width = {kind: value.shape[1] for kind, value in alphas.items()}
         for kind, value in alphas.items():
-            self.register_parameter(f"alpha_{kind}", nn.Parameter(value))
+            ragged = (counts or {}).get(kind)
+            if ragged is None:
+                self.register_parameter(f"alpha_{kind}", nn.Parameter(value))
+                continue
+            rows = (row[:n].clone() for row, n in zip(value, ragged, strict=True))
+            self.add_module(f"alpha_{kind}", nn.ParameterList(rows))
         for kind, value in (betas or {}).items():
             self.register_parameter(f"beta_{kind}", nn.Parameter(value))
 
@@ -80,9 +98,29 @@ class ArchParameters(nn.Module):
         """The cell kinds."""
         return self._kinds
 
-    def alpha(self, kind: str) -> nn.Parameter:
-        """The candidates' logits of one cell kind."""
-        return self.get_parameter(f"alpha_{kind}")
+    def alpha(self, kind: str) -> Tensor:
+        """The candidates' logits of one cell kind, ``[edges, candidates]``.
+
+        -inf stands where an edge has no such candidate, so that softmax gives 0 there.
+        """
+        found = getattr(self, f"alpha_{kind}")
+        if not isinstance(found, nn.ParameterList):
+            return found
+        width = self._width[kind]
+        return torch.stack(
+            [nn.functional.pad(row, (0, width - len(row)), value=-torch.inf) for row in found]
+        )
+
+    def rows(self, kind: str) -> list[Tensor]:
+        """The parameters of each edge, where each has its own.
+
+        Raises:
+            ValueError: the edges of that kind share one parameter.
+        """
+        found = getattr(self, f"alpha_{kind}")
+        if not isinstance(found, nn.ParameterList):
+            raise ValueError(f"rows: the edges of kind {kind!r} share one parameter")
+        return list(found)
 
     def beta(self, kind: str) -> nn.Parameter:
         """The edges' logits of one cell kind."""
@@ -100,25 +138,61 @@ class Method(abc.ABC):
     Args:
         specs: cell kind -> choices, as the supernet states them (``supernet.cell_specs``).
         options: an instance of the class's ``Options``.
+        seed: of what the method draws, if it draws.
+        term: what a network may cost, and its term in the loss; None for no target.
+
+    Raises:
+        TypeError: options of another method.
+        ValueError: not even the cheapest network meets the target.
 
     Attributes:
         name: key in the registry, the value of ``--method``.
         Options: dataclass of the options that only this method has.
         presets: preset name -> configuration fields in which the method differs from the preset.
+        needs: features that a space must have for it (``Space.features``).
+        term: the target of the search, None for none.
     """
 
     name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
-    def __init__(self, specs: Mapping[str, CellSpec], options: MethodOptions | None = None) -> None:
+    def __init__(
+        self,
+        specs: Mapping[str, CellSpec],
+        options: MethodOptions | None = None,
+        *,
+        seed: int = 0,
+        term: CostTerm | None = None,
+    ) -> None:
         self.specs = dict(specs)
+        self.seed = seed
+        self.term = term
         self.options = self.Options() if options is None else options
         if not isinstance(self.options, self.Options):
             raise TypeError(
                 f"options: expected {self.Options.__name__} for method {self.name!r}, "
                 f"but got {type(options).__name__}"
             )
+        if self._budgeted:
+            assert term is not None
+            least = term.cost.fixed + cheapest(term.cost.values, self.specs)
+            if least > term.limit:
+                raise ValueError(
+                    f"target: no network of this space is so cheap: expected at least "
+                    f"{least:.6g} {term.cost.unit}, but got {term.limit:.6g}"
+                )
+
+    @property
+    def _budgeted(self) -> bool:
+        """Whether genotypes are chosen within a budget."""
+        return self.term is not None and self.term.binding and is_chain(self.specs)
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Raise a ValueError where a configuration of a search makes no sense for this method."""
+        return
 
     @classmethod
     def supernet_options(cls, options: MethodOptions) -> dict[str, Any]:
@@ -137,9 +211,20 @@ class Method(abc.ABC):
         """
         return [{"params": list(arch.parameters())}]
 
+    def lr_span(self, moment: Moment) -> tuple[float, float, float | None]:
+        """Where on its way the learning rate of the weights is.
+
+        Returns:
+            Position and length in epochs, and the rate at position 0, None for that of the
+            configuration. By default the position is the epoch, constant within it.
+        """
+        return moment.epoch, moment.epochs, None
+
     @abc.abstractmethod
-    def weights(self, arch: ArchParameters, moment: Moment) -> dict[str, CellWeights]:
-        """The weights of the mixed ops, by cell kind.
+    def weights(
+        self, arch: ArchParameters, moment: Moment
+    ) -> Mapping[str, CellWeights | CellGates]:
+        """The weights of the mixed ops, or the gates that were drawn for them, by cell kind.
 
         The caller switches gradients off where the architecture is held fixed, so a method need
         not look at the phase for that.
@@ -151,12 +236,49 @@ class Method(abc.ABC):
 
     def objective(self, loss: Tensor, arch: ArchParameters, moment: Moment) -> Tensor:
         """The loss to differentiate, given that of the task; extra terms are added here."""
-        return loss
+        if self.term is None:
+            return loss
+        return self.term.loss(loss, self.term.cost.expected(self.expectation(arch, moment)))
+
+    def expectation(
+        self, arch: ArchParameters, moment: Moment
+    ) -> Mapping[str, Tensor | CellWeights]:
+        """The weights under which the cost of a network is expected; differentiable."""
+        return cast("Mapping[str, CellWeights]", self.weights(arch, moment))
 
     def derive(self, arch: ArchParameters, space: Space) -> Any:
-        """The genotype: the space's rule applied to the method's scores."""
+        """The genotype: the space's rule applied to the method's scores.
+
+        With a target, and where a network's cost is the sum of its choices, the most probable
+        network under the target.
+        """
         with torch.no_grad():
-            return space.derive(self.scores(arch), self.specs)
+            return space.derive(self._final_scores(arch), self.specs)
+
+    def _final_scores(self, arch: ArchParameters) -> Mapping[str, Tensor]:
+        scores = self.scores(arch)
+        if not self._budgeted:
+            return scores
+        assert self.term is not None
+        cost = self.term.cost
+        return within_budget(scores, cost.values, self.specs, self.term.limit - cost.fixed)
+
+    def facts(self, arch: ArchParameters, moment: Moment) -> dict[str, Any]:
+        """What the record of an epoch says of the target: nothing where there is none."""
+        if self.term is None:
+            return {}
+        term, cost = self.term, self.term.cost
+        with torch.no_grad():
+            expected = cost.expected(self.expectation(arch, moment)).item()
+            found: dict[str, Any] = {"expected": expected}
+            if is_chain(self.specs):
+                scores = self._final_scores(arch)
+                choices = {kind: scores[kind].argmax(dim=1).tolist() for kind in self.specs}
+                found["derived"] = cost.of(choices)
+        found |= {"target": term.limit, "unit": cost.unit}
+        if term.binding:
+            found["multiplier"] = term.multiplier
+        return {cost.name: found}
 
     def iteration(
         self, learner: Learner, train: Batch, val: Callable[[], Batch] | None, moment: Moment
@@ -176,7 +298,15 @@ class Method(abc.ABC):
         outcome = None
         if val is not None:
             outcome = self.architecture_step(learner, train, val(), moment.during("architecture"))
+            if self.term is not None:
+                self.settle(learner.arch, moment)
         return learner.weight_step(train, moment.during("weights")), outcome
+
+    def settle(self, arch: ArchParameters, moment: Moment) -> None:
+        """After an architecture step: the target's multiplier follows the expected cost."""
+        if self.term is not None:
+            with torch.no_grad():
+                self.term.update(self.term.cost.expected(self.expectation(arch, moment)))
 
     def architecture_step(
         self, learner: Learner, train: Batch, val: Batch, moment: Moment
@@ -184,14 +314,21 @@ class Method(abc.ABC):
         """Step the architecture parameters down the validation loss (first order)."""
         return learner.architecture_step(val, moment)
 
+    def evaluate(self, learner: Learner, batch: Batch, moment: Moment) -> Outcome:
+        """Test the supernet on a batch; it is in eval mode, and is left so."""
+        return learner.evaluate(batch, moment)
+
     def state_dict(self) -> dict[str, Any]:
         """State that must survive beside the architecture parameters; most methods have none."""
-        return {}
+        return {} if self.term is None else {"term": self.term.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state of :meth:`state_dict`."""
-        if state:
-            raise ValueError(f"method {self.name!r} has no state, but got {sorted(state)}")
+        if set(state) != set(self.state_dict()):
+            wanted = ", ".join(self.state_dict()) or "no state"
+            raise ValueError(f"method {self.name!r} has {wanted}, but got {sorted(state)}")
+        if self.term is not None:
+            self.term.load_state_dict(state["term"])
 
 
 M = TypeVar("M", bound=type[Method])
@@ -227,8 +364,8 @@ def softmax_per_node(beta: Tensor, spec: CellSpec) -> Tensor:
 
 
 def _mean_entropy(logits: Tensor) -> Tensor:
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    return -(log_p.exp() * log_p).sum(dim=-1).mean()
+    # entr(0) is 0, also where a logit is -inf.
+    return torch.special.entr(torch.softmax(logits.float(), dim=-1)).sum(dim=-1).mean()
 
 
 def trainable(module: nn.Module) -> Iterator[nn.Parameter]:

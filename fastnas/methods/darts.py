@@ -63,7 +63,8 @@ class Darts(Method):
             {
                 kind: normal_logits(spec.edges, len(spec.primitives))
                 for kind, spec in self.specs.items()
-            }
+            },
+            counts={kind: spec.counts for kind, spec in self.specs.items()},
         )
 
     def weights(self, arch: ArchParameters, moment: Moment) -> dict[str, CellWeights]:

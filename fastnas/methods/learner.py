@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.methods.base import ArchParameters, Method, Moment
-from fastnas.spaces.base import CellWeights
+from fastnas.spaces.base import CellGates, CellWeights
 
 Batch = tuple[Tensor, Tensor]
 
@@ -42,6 +42,7 @@ class Learner:
         weight_optimizer: over the parameters of ``supernet`` only.
         arch_optimizer: over those of ``arch`` only.
         criterion: ``(logits, labels) -> 0-d loss``.
+        weight_criterion: the same in steps of the weights, None for ``criterion``.
         grad_clip: largest norm of the gradient of the weights, 0 for no clipping.
         arch_grad_clip: the same for the architecture parameters.
         amp: autocast to this type, None for full precision.
@@ -58,14 +59,20 @@ class Learner:
     arch_grad_clip: float = 0.0
     amp: torch.dtype | None = None
     scaler: torch.amp.GradScaler | None = None
+    weight_criterion: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def forward(self, batch: Batch, weights: Mapping[str, CellWeights]) -> tuple[Tensor, Outcome]:
+    def forward(
+        self,
+        batch: Batch,
+        weights: Mapping[str, CellWeights | CellGates],
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Outcome]:
         """Task loss of a batch (differentiable) and its outcome."""
         x, y = batch
         with torch.autocast(x.device.type, dtype=self.amp, enabled=self.amp is not None):
             logits = self.supernet(x, weights)
         # The loss is taken in full precision: ten logits are no place to save bits.
-        loss = self.criterion(logits.float(), y)
+        loss = (criterion or self.criterion)(logits.float(), y)
         with torch.no_grad():
             correct = (logits.argmax(dim=1) == y).sum()
         return loss, Outcome(loss.detach(), correct, y.numel())
@@ -77,7 +84,7 @@ class Learner:
         """
         with torch.no_grad():
             weights = self.method.weights(self.arch, moment)
-        loss, outcome = self.forward(batch, weights)
+        loss, outcome = self.forward(batch, weights, self.weight_criterion)
         self.weight_optimizer.zero_grad(set_to_none=True)
         self._scaled(loss).backward()
         if self.scaler is not None:
@@ -114,11 +121,15 @@ class Learner:
             return list(gradient)
         return list(torch._foreach_mul(gradient, 1.0 / self.scaler.get_scale()))
 
-    def apply_architecture_gradient(self, gradient: Sequence[Tensor]) -> None:
-        """Let the optimizer of the architecture take one step along ``gradient``."""
+    def apply_architecture_gradient(self, gradient: Sequence[Tensor | None]) -> None:
+        """Let the optimizer of the architecture take one step along ``gradient``.
+
+        A parameter whose gradient is None stays as it is, and so does its optimizer's state.
+        """
         # Under loss scaling an overflow is expected now and then; such a step is left out, as
         # GradScaler does.
-        if self.scaler is not None and not all(bool(g.isfinite().all()) for g in gradient):
+        given = [g for g in gradient if g is not None]
+        if self.scaler is not None and not all(bool(g.isfinite().all()) for g in given):
             return
         parameters = list(self.arch.parameters())
         for parameter, g in zip(parameters, gradient, strict=True):

@@ -49,6 +49,7 @@ class PCDarts(Darts):
     """Partial channels, and softmax weights on the edges of a node (edge normalisation)."""
 
     Options: ClassVar[type[MethodOptions]] = PCDartsOptions
+    needs: ClassVar[frozenset[str]] = frozenset({"partial_channels"})
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "demo": {"options": PCDartsOptions(partial_channels=2)},
         # Released scripts: batches of 256 fit where DARTS takes 64; the architecture is frozen
@@ -75,6 +76,7 @@ class PCDarts(Darts):
         return ArchParameters(
             {kind: normal_logits(*shape) for kind, shape in shapes.items()},
             {kind: normal_logits(shape[0]) for kind, shape in shapes.items()},
+            {kind: spec.counts for kind, spec in self.specs.items()},
         )
 
     def weights(self, arch: ArchParameters, moment: Moment) -> dict[str, CellWeights]:

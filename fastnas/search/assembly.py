@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastnas.costs import Cost
 from fastnas.data import Endless, EpochBatches, ImageData
 from fastnas.data.interface import Data
-from fastnas.methods import Learner
+from fastnas.methods import CostTerm, Learner, Target
 from fastnas.search.config import SearchConfig, method_class
 from fastnas.search.runtime import amp_dtype, memory_layout
 from fastnas.spaces import get_space
@@ -104,17 +106,18 @@ def _check_classes(what: str, labels: Tensor, part: Tensor) -> None:
 def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Learner:
     """Supernet, method, architecture parameters and optimizers, newly initialised."""
     method_type = method_class(config.method)
-    supernet: nn.Module = get_space(config.space).supernet(
-        C=config.C,
-        layers=config.layers,
+    space = get_space(config.space)
+    supernet: nn.Module = space.supernet(
         num_classes=data.num_classes,
         in_channels=data.channels,
-        stem=config.stem,
+        **network_arguments(config),
         **method_type.supernet_options(config.options),
     )
     supernet.to(device)
     supernet.to(memory_format=memory_layout(config.memory_format, device))  # type: ignore[call-overload]
-    method = method_type(supernet.cell_specs, config.options)
+    method = method_type(
+        supernet.cell_specs, config.options, seed=config.seed, term=build_term(data, config)
+    )
     arch = method.parameters().to(device)
     return Learner(
         supernet,
@@ -124,6 +127,7 @@ def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Lea
             supernet.parameters(),
             config.lr,
             momentum=config.momentum,
+            nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         ),
         torch.optim.Adam(
@@ -137,4 +141,50 @@ def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Lea
         arch_grad_clip=config.arch_grad_clip,
         amp=amp_dtype(config.amp),
         scaler=torch.amp.GradScaler(device.type) if config.amp == "fp16" else None,
+        weight_criterion=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+    )
+
+
+def network_arguments(config: SearchConfig) -> dict[str, Any]:
+    """Arguments of the supernet that the space has of its own."""
+    fields = {name: getattr(config, name) for name in get_space(config.space).fields}
+    return {**fields, **vars(config.network)}
+
+
+def build_term(data: Data, config: SearchConfig) -> CostTerm | None:
+    """The target's term in the loss, None where there is no target.
+
+    Raises:
+        ValueError: images that are not square, or a space or table that tells no costs for this.
+        FileNotFoundError: the table of latencies is not there.
+    """
+    if config.target is None:
+        return None
+    target, space = Target.parse(config.target), get_space(config.space)
+    if space.blocks is None:
+        raise ValueError(f"target: nobody has said what the blocks of {config.space!r} cost")
+    height, width = data.image_size
+    if height != width:
+        raise ValueError(f"target: expected square images, but got {height}x{width}")
+    shape = space.blocks.shape(
+        image_size=height,
+        in_channels=data.channels,
+        num_classes=data.num_classes,
+        **network_arguments(config),
+    )
+    if target.name == "latency":
+        # Only where it is needed: the package times networks, and depends on this one.
+        from fastnas.latency.cost import load_latency_cost
+
+        assert config.latency_table is not None  # checked by the configuration
+        cost = load_latency_cost(
+            config.latency_table,
+            space=config.space,
+            shape=shape,
+            allow_foreign=config.foreign_table,
+        )
+    else:
+        cost = Cost.counted(target.name, space.blocks.plan(shape))
+    return CostTerm(
+        cost, target.value, config.target_loss, config.target_weight, config.target_rate
     )

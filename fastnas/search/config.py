@@ -17,10 +17,11 @@ import torch
 import tyro
 
 from fastnas.data import DEFAULT, Augment
-from fastnas.methods import METHODS, MethodOptions
+from fastnas.methods import METHODS, MethodOptions, Target
+from fastnas.methods.target import Form
 from fastnas.search.fields import SEEDS, check_range, from_dict, to_dict
 from fastnas.search.runtime import resolve_device
-from fastnas.spaces import get_space
+from fastnas.spaces import SPACES, SpaceOptions, get_space
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class SearchConfig:
     """Continue the run in --out from its checkpoint."""
 
     C: int = 8
-    """Channels of the first cell's nodes."""
+    """Channels of the first cell's nodes (spaces of cells)."""
     layers: int = 3
-    """Number of cells of the supernet."""
+    """Number of cells of the supernet (spaces of cells)."""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """First layers: cifar keeps the image size, imagenet divides it by eight."""
+    """First layers: cifar keeps the image size, imagenet divides it by eight (spaces of cells)."""
 
     epochs: int = 4
     """Passes over the half of the images that the weights are trained on."""
@@ -59,8 +60,12 @@ class SearchConfig:
     """Epochs in which the learning rate of the weights rises linearly."""
     momentum: float = 0.9
     """Momentum of the weights."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
     weight_decay: float = 3e-4
     """L2 factor of the weights."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes, in steps of the weights only."""
     grad_clip: float = 5.0
     """Largest gradient norm of the weights; 0 for no limit."""
 
@@ -74,6 +79,22 @@ class SearchConfig:
     """Largest gradient norm of the architecture parameters; 0 for no limit."""
     arch_warmup_epochs: int = 1
     """First epochs in which only the weights are trained."""
+
+    target: str | None = None
+    """What the network that is found may cost: macs=300M, params=4M or latency=12ms. In a chain of
+    blocks (mbconv) the most probable network under it is derived."""
+    target_loss: Form = "constraint"
+    """How the target enters the loss. constraint: an augmented Lagrangian of log E - log T <= 0,
+    with a multiplier lambda that adapts itself. linear: weight (E - T) / T. log_ratio: the loss
+    times (log E / log T)^weight."""
+    target_weight: float | None = None
+    """Factor of linear, exponent of log_ratio, first lambda of constraint; none: 0.1, 0.3, 0."""
+    target_rate: float = 0.02
+    """Step of the lambda of constraint."""
+    latency_table: str | None = None
+    """Table of block times for a latency, as `fastnas latency measure` writes it."""
+    foreign_table: bool = False
+    """Take a table of another machine or version of PyTorch."""
 
     weight_share: float = 0.16
     """Share of the training images that the weights are trained on."""
@@ -105,6 +126,10 @@ class SearchConfig:
     log_every: int = 10
     """Iterations between two reports of progress."""
 
+    network: Annotated[SpaceOptions, tyro.conf.arg(name="space")] = field(
+        default_factory=SpaceOptions
+    )
+    """Options of the space; where none are given, those of its demo."""
     options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = field(
         default_factory=MethodOptions
     )
@@ -112,7 +137,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         """Check ranges and names, and give the method its own kind of options."""
-        get_space(self.space)
+        self._check_space()
         options = method_class(self.method).Options
         if type(self.options) is MethodOptions:
             demo = method_class(self.method).presets.get("demo", {})
@@ -141,8 +166,57 @@ class SearchConfig:
             )
         if not all(0 <= beta < 1 for beta in self.arch_betas):
             raise ValueError(f"arch_betas: expected 0 <= beta < 1, but got {self.arch_betas}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing: expected 0 or more and less than 1, got {self.label_smoothing}"
+            )
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: expected momentum above 0, but got 0")
+        self._check_target()
+        method_class(self.method).check(self)
         if self.resume and self.out is None:
             raise ValueError("resume: expected a folder in out, but got none")
+
+    def _check_space(self) -> None:
+        """Give the space its own kind of options, and refuse what it does not know."""
+        space = get_space(self.space)
+        if type(self.network) is SpaceOptions:
+            demo = space.presets.get("demo", {})
+            object.__setattr__(self, "network", demo.get("network", space.options()))
+        if not isinstance(self.network, space.options):
+            raise TypeError(
+                f"network: expected {space.options.__name__} for the space {self.space!r}, "
+                f"but got {type(self.network).__name__}"
+            )
+        for name in CELL_FIELDS:
+            default = type(self).__dataclass_fields__[name].default
+            if name not in space.fields and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: the space {self.space!r} has no such option, "
+                    f"but got {getattr(self, name)}"
+                )
+        if missing := method_class(self.method).needs - space.features:
+            fit = [s.name for s in SPACES.values() if method_class(self.method).needs <= s.features]
+            raise ValueError(
+                f"method: {self.method!r} needs a space with {', '.join(sorted(missing))} "
+                f"({', '.join(fit)}), but got {self.space!r}"
+            )
+
+    def _check_target(self) -> None:
+        if self.target is None:
+            for name in ("target_weight", "latency_table"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: expected a target as well, but got none")
+            return
+        target = Target.parse(self.target)
+        if (target.name == "latency") != (self.latency_table is not None):
+            raise ValueError(
+                "latency_table: expected a table with a target of latency, and with no other "
+                "(fastnas latency measure makes one), "
+                f"but got {self.latency_table!r} with the target {self.target!r}"
+            )
+        for name in ("target_weight", "target_rate"):
+            check_range(name, getattr(self, name) or 0.0, 0)
 
     def torch_device(self) -> torch.device:
         """The device that ``device`` names; ValueError if there is none."""
@@ -166,6 +240,12 @@ class SearchConfig:
                 raise ValueError(f"{where}: method: unknown name {method!r}")
             options = from_dict(METHODS[method].Options, data["options"], f"{where}: options")
             data = {**data, "options": options}
+        if isinstance(data, Mapping) and "network" in data:
+            space = data.get("space", cls.space)
+            if not isinstance(space, str) or space not in SPACES:
+                raise ValueError(f"{where}: space: unknown name {space!r}")
+            network = from_dict(SPACES[space].options, data["network"], f"{where}: network")
+            data = {**data, "network": network}
         return from_dict(cls, data, where)
 
 
@@ -178,6 +258,9 @@ _NOT_NEGATIVE = (
     *("arch_lr", "arch_weight_decay", "arch_grad_clip", "arch_warmup_epochs"),
     *("val_batches", "threads"),
 )
+
+CELL_FIELDS = ("C", "layers", "stem")
+"""Fields that not every space knows (``Space.fields``)."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The defaults: eight hundred images for the weights, as many for the architecture, and a
@@ -237,13 +320,17 @@ def preset_config(
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, but got {preset!r}")
-    chosen = method_class(method)
+    chosen, chosen_space = method_class(method), get_space(space)
     values = {
         "options": chosen.Options(),
+        "network": chosen_space.options(),
         **PRESETS[preset],
+        **chosen_space.presets.get(preset, {}),
         **chosen.presets.get(preset, {}),
-        **fields,
     }
+    # What presets say of cells is nothing to a space without them.
+    foreign = set(CELL_FIELDS) - set(chosen_space.fields)
+    values = {name: value for name, value in values.items() if name not in foreign} | fields
     known = {f.name for f in dataclasses.fields(SearchConfig)}
     if unknown := sorted(set(values) - known):
         raise TypeError(f"preset_config: SearchConfig has no field {unknown[0]!r}")

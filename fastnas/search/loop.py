@@ -142,21 +142,16 @@ class Search(Resumable):
 
     def _run_epoch(self) -> None:
         config = self.config
-        lr = learning_rate(
-            self.epoch,
-            config.epochs,
-            config.lr,
-            config.lr_min,
-            warmup_epochs=config.lr_warmup_epochs,
-        )
-        for group in self.learner.weight_optimizer.param_groups:
-            group["lr"] = lr
+        lr = self._learning_rate(0)
         frozen = self.epoch < config.arch_warmup_epochs
         draw = None if frozen else self.halves.architecture.__next__
         self.supernet.train()
         clock = time.perf_counter()
         for batch in self.halves.weights.iterate(self.epoch, self.step):
             moment = self._moment("weights")
+            rate = self._learning_rate(self.step)
+            for group in self.learner.weight_optimizer.param_groups:
+                group["lr"] = rate
             outcome, arch_outcome = self.method.iteration(self.learner, batch, draw, moment)
             self.step += 1
             self._train.add(outcome, self.step)
@@ -174,6 +169,20 @@ class Search(Resumable):
         self._seconds += time.perf_counter() - clock
         self._finish_epoch(val, lr)
 
+    def _learning_rate(self, step: int) -> float:
+        """The rate of the weights at a step of this epoch."""
+        config = self.config
+        done = self.epoch * self.steps_per_epoch + step
+        moment = Moment(self.epoch, config.epochs, done, "weights", self.steps_per_epoch)
+        position, length, high = self.method.lr_span(moment)
+        return learning_rate(
+            position,
+            length,
+            config.lr if high is None else high,
+            config.lr_min,
+            warmup_epochs=config.lr_warmup_epochs,
+        )
+
     def _validate(self, lr: float) -> Meter:
         """Test the supernet, BatchNorm in eval mode; no batches where the epoch has no test.
 
@@ -188,7 +197,8 @@ class Search(Resumable):
         # The same order in every epoch: this is a measurement.
         batches = self.halves.validation.iterate(0)
         for number, batch in zip(range(1, steps + 1), batches, strict=False):
-            meter.add(self.learner.evaluate(batch, self._moment("validation")), number)
+            outcome = self.method.evaluate(self.learner, batch, self._moment("validation"))
+            meter.add(outcome, number)
             if number % config.log_every == 0 or number == steps:
                 report = self._report("validation", meter, lr, (number, steps))
                 self._tell(self.progress.step, report)
@@ -208,6 +218,7 @@ class Search(Resumable):
             "val_accuracy": val.accuracy,
             "lr": lr,
             "entropy": self.arch.entropy(),
+            **self.method.facts(self.arch, self._moment("validation")),
             "genotype": genotype.to_dict(),
             "seconds": round(self._seconds, 3),
         }
@@ -224,7 +235,7 @@ class Search(Resumable):
 
     def _moment(self, phase: Phase) -> Moment:
         done = self.epoch * self.steps_per_epoch + self.step
-        return Moment(self.epoch, self.config.epochs, done, phase)
+        return Moment(self.epoch, self.config.epochs, done, phase, self.steps_per_epoch)
 
     def _report(
         self, phase: Any, meter: Meter, lr: float, done: tuple[int, int] | None = None

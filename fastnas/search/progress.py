@@ -105,6 +105,32 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def against_target(record: Mapping[str, Any]) -> list[str]:
+    """What the record of an epoch says of the target, in words; nothing where there is none.
+
+    ``macs 98.1M of 100M`` is the predicted cost of the genotype; where a genotype's cost is
+    not the sum of its choices, ``expected macs`` is that of the supernet.
+    """
+    lines = []
+    for name in ("macs", "params", "latency"):
+        if name in record:
+            facts = record[name]
+            derived = facts.get("derived")
+            words = name if derived is not None else f"expected {name}"
+            value = facts["expected"] if derived is None else derived
+            lines.append(f"{words} {_amount(value, name)} of {_amount(facts['target'], name)}")
+    return lines
+
+
+def _amount(value: float, name: str) -> str:
+    if name == "latency":
+        return f"{value:.4g} ms"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.4g}"
+
+
 class TextProgress(Progress):
     """One line of text for the start, each epoch, and the end, and one a minute in long epochs.
 
@@ -139,6 +165,7 @@ class TextProgress(Progress):
         if record["val_loss"] is not None:
             parts.append(f"validation loss {record['val_loss']:.4f}")
             parts.append(f"validation accuracy {record['val_accuracy']:.1%}")
+        parts += against_target(record)
         parts.append(f"lr {record['lr']:.4g}")
         parts.append(f"{record['seconds']:.1f} s")
         self._write(", ".join([*parts, *self._lines.left()]))
@@ -146,3 +173,5 @@ class TextProgress(Progress):
     def end(self, result: SearchResult) -> None:
         """The genotype."""
         self._write(str(result.genotype))
+        for line in against_target(result.history[-1]):
+            self._write(line)

@@ -15,8 +15,8 @@ ScheduleName = Literal["cosine", "linear", "exponential", "constant"]
 
 
 def learning_rate(
-    epoch: int,
-    epochs: int,
+    epoch: float,
+    epochs: float,
     high: float,
     low: float = 0.0,
     *,
@@ -37,7 +37,7 @@ def learning_rate(
     schedule itself is not shifted (PC-DARTS on ImageNet: 5 epochs).
 
     Args:
-        epoch: e, from 0.
+        epoch: e, from 0; a fraction where the rate falls within an epoch.
         epochs: T, at least 1.
         high: rate at the start.
         low: rate towards which ``cosine`` falls.
@@ -70,12 +70,12 @@ def learning_rate(
     raise ValueError(f"learning_rate: expected one of the schedules {names}, but got {schedule!r}")
 
 
-def cosine(epoch: int, epochs: int, high: float, low: float = 0.0) -> float:
+def cosine(epoch: float, epochs: float, high: float, low: float = 0.0) -> float:
     """``low + (high - low) (1 + cos(pi epoch / epochs)) / 2``."""
     return low + (high - low) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
-def _linear(epoch: int, epochs: int, high: float) -> float:
+def _linear(epoch: float, epochs: float, high: float) -> float:
     # The last five epochs share one step of the line, as in the released script. Runs of five
     # epochs or fewer have no room for that tail: they go straight down.
     if epochs <= 5:

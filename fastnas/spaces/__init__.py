@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from fastnas.spaces import darts
-from fastnas.spaces.base import CellSpec, CellWeights, Space
+from fastnas.spaces import darts, mbconv
+from fastnas.spaces.base import CellGates, CellSpec, CellWeights, Space, SpaceOptions
+from fastnas.spaces.blocks import Block, BlockPlan, BlockRules, MixedEdge, NetworkShape
 from fastnas.spaces.counting import (
     OperationCounts,
     count_macs,
@@ -14,17 +15,24 @@ from fastnas.spaces.counting import (
 
 __all__ = [
     "SPACES",
+    "Block",
+    "BlockPlan",
+    "BlockRules",
+    "CellGates",
     "CellSpec",
     "CellWeights",
+    "MixedEdge",
+    "NetworkShape",
     "OperationCounts",
     "Space",
+    "SpaceOptions",
     "count_macs",
     "count_operations",
     "count_parameters",
     "get_space",
 ]
 
-SPACES: dict[str, Space] = {space.name: space for space in (darts.SPACE,)}
+SPACES: dict[str, Space] = {space.name: space for space in (darts.SPACE, mbconv.SPACE)}
 """All spaces by name."""
 
 

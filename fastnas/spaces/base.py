@@ -9,12 +9,24 @@ reads a genotype off the scores that a method gives to each (edge, candidate).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["CellSpec", "CellWeights", "Space"]
+from fastnas.nn.gates import Gate
+
+if TYPE_CHECKING:
+    from fastnas.spaces.blocks import BlockRules
+
+__all__ = ["CellGates", "CellSpec", "CellWeights", "Space", "SpaceOptions", "check_positive"]
+
+
+def check_positive(**values: object) -> None:
+    """Raise a ValueError that names the first value that is not a positive integer."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 class CellWeights(NamedTuple):
@@ -29,24 +41,70 @@ class CellWeights(NamedTuple):
     edges: Tensor | None = None
 
 
+class CellGates(NamedTuple):
+    """The paths a method drew, for a supernet that runs one candidate an edge.
+
+    Attributes:
+        edges: the gate of each edge, in the order of the rows of alpha.
+    """
+
+    edges: tuple[Gate, ...]
+
+
+@dataclass(frozen=True)
+class SpaceOptions:
+    """Options that only one space has; a space with options subclasses this."""
+
+
 @dataclass(frozen=True)
 class CellSpec:
     """The choices in one kind of cell.
 
-    Edges are numbered node by node, within a node by source state.
+    Edges are numbered node by node, within a node by source state. A network without cells is one
+    cell: a chain of blocks has nodes of one incoming edge.
 
     Attributes:
         inputs_per_node: number of incoming edges of each intermediate node.
         primitives: names of the candidates on every edge; the order is the columns' order.
+        counts: number of candidates of each edge, the first ones of ``primitives``, where not all
+            edges have all of them; else None.
+        zero: name of the candidate that returns zeros, if there is one.
+
+    Raises:
+        ValueError: ``counts`` are not one for each edge, from 1 to the number of candidates.
     """
 
     inputs_per_node: tuple[int, ...]
     primitives: tuple[str, ...]
+    counts: tuple[int, ...] | None = None
+    zero: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        if self.counts is None:
+            return
+        if len(self.counts) != self.edges:
+            raise ValueError(
+                f"counts: {len(self.counts)} numbers, wanted one for {self.edges} edges"
+            )
+        if not all(1 <= count <= len(self.primitives) for count in self.counts):
+            raise ValueError(f"counts: {self.counts}, wanted 1 to {len(self.primitives)}")
 
     @property
     def edges(self) -> int:
         """Number of edges in the cell."""
         return sum(self.inputs_per_node)
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """Number of candidates of each edge; their sum is the number of logits."""
+        return (len(self.primitives),) * self.edges if self.counts is None else self.counts
+
+    @property
+    def zeros(self) -> tuple[int | None, ...]:
+        """For each edge the number of the candidate that returns zeros, None where none does."""
+        zero = self.primitives.index(self.zero) if self.zero in self.primitives else None
+        return tuple(zero if zero is not None and zero < n else None for n in self.candidates)
 
     @property
     def node_slices(self) -> tuple[slice, ...]:
@@ -88,6 +146,14 @@ class Space:
         genotype: the class of a derived architecture.
         derive: ``(scores, specs) -> genotype``; ``scores`` maps a cell kind to ``[E, K]``.
         genotypes: published architectures by name.
+        blocks: how its networks fall into blocks, for ``fastnas latency`` and costs; None where
+            nobody has said.
+        options: dataclass of the options that only this space has; arguments of ``supernet``.
+        presets: preset name -> configuration fields in which the space differs from the preset.
+        fields: configuration fields of a search that are arguments of ``supernet``.
+        network_fields: configuration fields of an evaluation that ``network`` knows.
+        features: what methods may need of the supernet: ``gates`` (it takes ``CellGates``),
+            ``partial_channels`` (it takes that argument).
     """
 
     name: str
@@ -96,3 +162,9 @@ class Space:
     genotype: type[Any]
     derive: Callable[[Mapping[str, Tensor], Mapping[str, CellSpec]], Any]
     genotypes: Mapping[str, Any]
+    blocks: BlockRules | None = None
+    options: type[SpaceOptions] = SpaceOptions
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fields: tuple[str, ...] = ("C", "layers", "stem")
+    network_fields: tuple[str, ...] = ("C", "layers", "stem", "auxiliary", "drop_path")
+    features: frozenset[str] = frozenset({"partial_channels"})

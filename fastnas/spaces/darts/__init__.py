@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from fastnas.spaces.base import Space
+from fastnas.spaces.darts.blocks import RULES, DartsShape
 from fastnas.spaces.darts.derive import derive
 from fastnas.spaces.darts.genotype import GENOTYPES, Genotype
 from fastnas.spaces.darts.network import Network
 from fastnas.spaces.darts.supernet import Supernet
 
-__all__ = ["GENOTYPES", "SPACE", "Genotype", "Network", "Supernet", "derive"]
+__all__ = ["GENOTYPES", "SPACE", "DartsShape", "Genotype", "Network", "Supernet", "derive"]
 
 SPACE = Space(
     name="darts",
@@ -18,4 +19,5 @@ SPACE = Space(
     genotype=Genotype,
     derive=derive,
     genotypes=GENOTYPES,
+    blocks=RULES,
 )

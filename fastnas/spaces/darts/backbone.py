@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastnas.nn.candidates import FactorizedReduce, ReLUConvBN
+from fastnas.spaces.base import check_positive
 
 __all__ = [
     "STEMS",
@@ -39,13 +40,6 @@ class LayerPlan(NamedTuple):
     C: int
     reduction: bool
     reduction_prev: bool
-
-
-def check_positive(**values: object) -> None:
-    """Raise a ValueError that names the first value that is not a positive integer."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def reduction_layers(layers: int) -> tuple[int, ...]:

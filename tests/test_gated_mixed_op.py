@@ -1,0 +1,502 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GatedMixedOp and its gates: one path runs, all logits learn (spec: ProxylessNAS, section 3.2)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from data_parallel import STEPS, Searched, freeze, search_steps
+from torch import nn
+
+from fastnas.nn.candidates import Zero
+from fastnas.nn.gated import GatedMixedOp, frozen_statistics
+from fastnas.nn.gates import Gate, draw_gates, pair_importance, rescale
+from fastnas.spaces.mbconv.layers import MBConv
+
+ALPHA = (0.2, -0.1, 0.4)
+G = (1.0, -2.0, 0.5)
+FULL = (0.32287587, -0.51107400, 0.18819813)
+PAIRS = {
+    (0, 1): (0.24003336, 0.73337494),
+    (0, 2): (0.44699062, 0.12375829),
+    (1, 2): (0.31297602, -0.58750928),
+}
+
+
+class Times(nn.Module):
+    """``c x``; with x = 1 and dL/dy = 1 its gate has the gradient c."""
+
+    def __init__(self, c: float) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.tensor(c, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.c * x
+
+
+def logits(values=ALPHA):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=True)
+
+
+def gradient(alpha, active, others, numbers=G, loss=torch.sum, scale=None):
+    """dL/dalpha as the op finds it, on one number as the image."""
+    op = GatedMixedOp(Times(c) for c in numbers)
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    y = op(x, Gate(active, tuple(others), alpha, scale))
+    (found,) = torch.autograd.grad(loss(y), alpha)
+    return found
+
+
+def rest(active, n=3):
+    return [k for k in range(n) if k != active]
+
+
+# --- the gradient ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("active", range(3))
+def test_full_gradient(active):
+    found = gradient(logits(), active, rest(active))
+    torch.testing.assert_close(found, torch.tensor(FULL, dtype=torch.float64), atol=1e-8, rtol=0)
+    assert abs(found.sum().item()) < 1e-15
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("swap", [False, True])
+def test_two_path_gradient(pair, swap):
+    a, b = reversed(pair) if swap else pair
+    found = gradient(logits(), a, [b])
+    lower = PAIRS[pair][1]
+    assert found[pair[0]].item() == pytest.approx(lower, abs=1e-8)
+    assert found[pair[1]].item() == pytest.approx(-lower, abs=1e-8)
+    (other,) = set(range(3)) - set(pair)
+    assert found[other].item() == 0.0
+
+
+def chance(p, a, b):
+    return p[a] * p[b] * (1 / (1 - p[a]) + 1 / (1 - p[b]))
+
+
+def test_expectation_of_two_paths_is_not_the_full_gradient():
+    p = torch.softmax(logits().detach(), 0).tolist()
+    assert p == pytest.approx((0.33758454, 0.25008878, 0.41232669), abs=1e-8)
+    total = torch.zeros(3, dtype=torch.float64)
+    for pair, (probability, _) in PAIRS.items():
+        assert chance(p, *pair) == pytest.approx(probability, abs=1e-8)
+        total += probability * gradient(logits(), pair[0], [pair[1]])
+    wanted = torch.tensor((0.23135324, -0.35991076, 0.12855752), dtype=torch.float64)
+    torch.testing.assert_close(total, wanted, atol=2e-8, rtol=0)
+
+
+def test_importance_restores_the_full_gradient():
+    alpha = logits()
+    p = torch.softmax(alpha.detach(), 0).tolist()
+    total = torch.zeros(3, dtype=torch.float64)
+    for a, b in PAIRS:
+        scale = pair_importance(alpha[None], torch.tensor([a]), torch.tensor([b]))[0]
+        assert scale.item() == pytest.approx((p[a] + p[b]) ** 2 / chance(p, a, b))
+        total += chance(p, a, b) * gradient(alpha, a, [b], scale=scale)
+    torch.testing.assert_close(total, gradient(alpha, 0, [1, 2]), rtol=1e-14, atol=1e-15)
+
+
+def test_two_paths_of_two_candidates_are_the_full_gradient():
+    alpha = logits((0.3, -0.6))
+    for active in (0, 1):
+        found = gradient(alpha, active, [1 - active], (2.0, -1.5))
+        drawn = draw_gates(alpha[None], 0, active, paths="two").edges[0]
+        assert {drawn.active, *drawn.others} == {0, 1}
+        p, q = torch.softmax(alpha, 0).tolist()
+        assert found.tolist() == pytest.approx([p * q * 3.5, -p * q * 3.5])
+    one = pair_importance(alpha[None], torch.tensor([0]), torch.tensor([1]))
+    assert one.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 7])
+def test_ratio_of_two_paths_to_full_at_uniform_probabilities(n):
+    numbers = torch.randn(n, dtype=torch.float64).tolist()
+    alpha = logits((0.0,) * n)
+    full = gradient(alpha, 0, rest(0, n), numbers)
+    pairs = list(itertools.combinations(range(n), 2))
+    mean = sum(gradient(alpha, a, [b], numbers) for a, b in pairs) / len(pairs)
+    torch.testing.assert_close(mean, full * n / (2 * (n - 1)))
+
+
+def expected_full(alpha, numbers, loss):
+    p = torch.softmax(alpha.detach(), 0)
+    found = [gradient(alpha, s, rest(s, len(numbers)), numbers, loss) for s in range(len(numbers))]
+    return sum(p[s] * g for s, g in enumerate(found))
+
+
+def test_unbiased_where_the_loss_is_affine():
+    numbers, alpha = (1.5, -0.3, 0.7, 2.0), logits((0.1, -0.4, 0.8, 0.0))
+    outputs = torch.tensor(numbers, dtype=torch.float64)
+
+    def loss(y):
+        return 3 * y.sum() - 1
+
+    (wanted,) = torch.autograd.grad((torch.softmax(alpha, 0) * (3 * outputs - 1)).sum(), alpha)
+    found = expected_full(alpha, numbers, loss)
+    torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-15)
+
+
+def test_gradient_of_darts_where_the_loss_is_quadratic():
+    numbers, alpha = (1.5, -0.3, 0.7, 2.0), logits((0.1, -0.4, 0.8, 0.0))
+    outputs = torch.tensor(numbers, dtype=torch.float64)
+
+    def loss(y):
+        return (y**2).sum() + 0.5 * y.sum()
+
+    (wanted,) = torch.autograd.grad(loss((torch.softmax(alpha, 0) * outputs).sum()), alpha)
+    found = expected_full(alpha, numbers, loss)
+    torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-15)
+    p = torch.softmax(alpha, 0)
+    (other,) = torch.autograd.grad((p * torch.stack([loss(o) for o in outputs])).sum(), alpha)
+    assert (found - other).abs().max() > 0.01
+
+
+def test_rescale():
+    alpha = torch.nn.Parameter(torch.tensor(ALPHA, dtype=torch.float64))
+    before = alpha.detach().clone()
+    optimizer = torch.optim.Adam([alpha], lr=1e-3, betas=(0.0, 0.999), eps=1e-8)
+    g = PAIRS[0, 1][1]
+    alpha.grad = torch.tensor([g, -g, 0.0], dtype=torch.float64)
+    optimizer.step()
+    assert alpha.tolist() == pytest.approx([0.199, -0.099, 0.4], abs=1e-8)
+    rescale(alpha.data, before, (0, 1))
+    assert alpha.tolist() == pytest.approx([0.19914840, -0.09885160, 0.4], abs=1e-8)
+    p = torch.softmax(alpha, 0)
+    assert p[2].item() == pytest.approx(torch.softmax(before, 0)[2].item(), abs=1e-15)
+
+
+def test_rescale_of_large_logits_stays_finite():
+    row, before = torch.tensor([801.0, 799.0, 0.0]), torch.tensor([800.0, 800.0, 0.0])
+    rescale(row, before, (0, 1))
+    assert torch.logsumexp(row[:2], 0).item() == pytest.approx(800 + math.log(2))
+
+
+# --- a real edge -----------------------------------------------------------------------------
+
+
+def edge(C=8, zero=True):
+    blocks = [MBConv(C, C, k, 1, e) for k, e in ((3, 3), (5, 3), (7, 6))]
+    op = GatedMixedOp([*blocks, Zero(1)] if zero else blocks)
+    for p in op.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return op.double()
+
+
+def full_gate(op, active, alpha):
+    return Gate(active, tuple(rest(active, len(op.candidate_ops))), alpha)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("active", range(4))
+def test_against_all_outputs_weighted_by_gates(active, residual):
+    """The mode ``full`` of the released code: sum_j g_j o_j(x), all but the active one detached."""
+    op, alpha = edge(), logits((0.3, -0.2, 0.1, 0.5))
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    gates = nn.functional.one_hot(torch.tensor(active), 4).double().requires_grad_()
+    with frozen_statistics(op):
+        outputs = [c(x) for c in op.candidate_ops]
+    mixed = sum(
+        g * (o if j == active else o.detach())
+        for j, (g, o) in enumerate(zip(gates, outputs, strict=True))
+    )
+    plain = mixed + x if residual else mixed
+    loss = (plain.sin() * weight).sum()
+    dgates, dx = torch.autograd.grad(loss, (gates, x))
+    p = torch.softmax(alpha, 0)
+    dalpha = p * (dgates - (p * dgates).sum())
+
+    y = op(x, full_gate(op, active, alpha), residual=residual)
+    torch.testing.assert_close(y, plain)
+    loss = (y.sin() * weight).sum()
+    found_alpha, found_x = torch.autograd.grad(loss, (alpha, x), materialize_grads=True)
+    torch.testing.assert_close(found_alpha, dalpha)
+    torch.testing.assert_close(found_x, dx)
+
+
+@pytest.mark.parametrize("active", range(4))
+def test_as_the_first_layer(active):
+    op, alpha = edge(), logits((0.3, -0.2, 0.1, 0.5))
+    op.requires_grad_(False)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    y = op(x, full_gate(op, active, alpha))
+    (found,) = torch.autograd.grad(y.square().sum() + (y * 3).sum(), alpha)
+    x.requires_grad_()
+    y = op(x, full_gate(op, active, alpha))
+    (again,) = torch.autograd.grad(y.square().sum() + (y * 3).sum(), alpha)
+    torch.testing.assert_close(found, again)
+    assert found.abs().min() > 0
+
+
+def test_only_the_active_candidate_has_gradients_statistics_and_momentum():
+    op = edge()
+    optimizer = torch.optim.SGD(op.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    for _ in range(2):  # momentum everywhere, so that it could move what is not sampled
+        for k in range(3):
+            op(x, Gate(k)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = {n: t.clone() for n, t in op.state_dict().items()}
+    momentum = {n: optimizer.state[p]["momentum_buffer"].clone() for n, p in op.named_parameters()}
+    op(x, Gate(1)).square().sum().backward()
+    named = dict(op.named_parameters())
+    assert {n.split(".")[1] for n, p in named.items() if p.grad is not None} == {"1"}
+    optimizer.step()
+    for name, value in op.state_dict().items():
+        moved = not torch.equal(value, before[name])
+        assert moved == (name.split(".")[1] == "1"), name
+    for name, p in named.items():
+        moved = not torch.equal(optimizer.state[p]["momentum_buffer"], momentum[name])
+        assert moved == (name.split(".")[1] == "1"), name
+
+
+@pytest.mark.parametrize("others", [(0, 2, 3), (2,)])
+def test_a_recompute_moves_no_statistics(others):
+    op, alpha = edge(), logits((0.3, -0.2, 0.1, 0.5))
+    before = {n: b.clone() for n, b in op.named_buffers()}
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    y = op(x, Gate(1, others, alpha))
+    after = {n: b.clone() for n, b in op.named_buffers()}
+    y.square().sum().backward()
+    for name, buffer in op.named_buffers():
+        assert torch.equal(buffer, after[name]), name
+        assert torch.equal(buffer, before[name]) != (name.split(".")[1] == "1"), name
+    assert all(n.track_running_stats for n in op.modules() if isinstance(n, nn.BatchNorm2d))
+
+
+def test_a_recompute_normalises_by_the_batch_in_training_and_by_the_past_in_evaluation():
+    op, alpha = edge(zero=False), logits((0.3, -0.2, 0.1))
+    x = torch.randn(4, 8, 6, 6, dtype=torch.float64)
+    weight = torch.randn(4, 8, 6, 6, dtype=torch.float64)
+    found = {}
+    for mode in (True, False):
+        op.train(mode)
+        with torch.no_grad(), frozen_statistics(op):
+            products = torch.stack([(c(x) * weight).sum() for c in op.candidate_ops])
+        p = torch.softmax(alpha, 0)
+        y = op(x, full_gate(op, 0, alpha))
+        (found[mode],) = torch.autograd.grad((y * weight).sum(), alpha)
+        torch.testing.assert_close(found[mode], p * (products - (p * products).sum()))
+    assert (found[True] - found[False]).abs().max() > 1e-3
+
+
+def test_without_gradients_nothing_is_recomputed():
+    op, alpha = edge(), logits((0.3, -0.2, 0.1, 0.5))
+    calls = []
+    op.candidate_ops[0].register_forward_hook(lambda *_: calls.append(0))
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        op(x, full_gate(op, 1, alpha))
+    op(x, Gate(1)).sum().backward()
+    assert not calls and alpha.grad is None
+    op(x, full_gate(op, 1, alpha)).sum().backward()
+    assert calls == [0] and alpha.grad is not None
+
+
+def test_a_zero_block_is_not_copied_and_has_its_true_gradient():
+    op, alpha = edge(), logits((0.3, -0.2, 0.1, 0.5))
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+    assert op(x, Gate(3), residual=True) is x
+    y = op(x, full_gate(op, 3, alpha), residual=True)
+    assert y.data_ptr() == x.data_ptr()
+    weight = torch.randn_like(x)
+    (found,) = torch.autograd.grad((y * weight).sum(), alpha)
+    with torch.no_grad(), frozen_statistics(op):
+        products = torch.stack([(c(x) * weight).sum() for c in op.candidate_ops])
+    p = torch.softmax(alpha, 0)
+    torch.testing.assert_close(found, p * (products - (p * products).sum()))
+    assert op(x, Gate(3)).count_nonzero() == 0
+
+
+def test_zero_of_stride_two():
+    op = GatedMixedOp([Zero(2), nn.AvgPool2d(2)])
+    assert op(torch.ones(1, 3, 6, 6), Gate(0)).shape == (1, 3, 3, 3)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_autocast_reaches_the_recompute(enabled, device):
+    op = edge(zero=False).float().to(device)
+    alpha = torch.zeros(3, device=device, requires_grad=True)
+    seen = []
+    for c in op.candidate_ops:
+        c.register_forward_hook(lambda m, i, out: seen.append(out.dtype))
+    x = torch.randn(2, 8, 6, 6, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+        y = op(x, full_gate(op, 0, alpha))
+    y.float().sum().backward()
+    assert set(seen) == {torch.bfloat16 if enabled else torch.float32} and len(seen) == 3
+    assert alpha.grad.dtype == torch.float32
+
+
+def test_weights_give_the_weighted_sum():
+    op = edge()
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    w = torch.tensor([0.1, 0.5, -0.2, 0.6], dtype=torch.float64)
+    with frozen_statistics(op):
+        wanted = sum(w[k] * op.candidate_ops[k](x) for k in range(3))
+        torch.testing.assert_close(op(x, w), wanted)
+        torch.testing.assert_close(op(x, w, residual=True), wanted + x)
+        torch.testing.assert_close(op(x, w.tolist()), wanted)
+    only_zero = GatedMixedOp([Zero(1)])
+    assert only_zero(x, [2.0]).count_nonzero() == 0
+
+
+def saved(op, x, gate):
+    """Bytes kept for the backward by storages, the parameters' left out."""
+    anyway = {p.untyped_storage().data_ptr() for p in op.parameters()}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in anyway:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = op(x, gate, residual=True)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("active", [0, 1])
+def test_memory_of_one_path_at_any_number_of_candidates(active):
+    x = torch.randn(2, 24, 14, 14, requires_grad=True)
+    found = set()
+    for n in (2, 4, 7, 16, 32):
+        op = GatedMixedOp(MBConv(24, 24, 3 + 2 * (j % 3), 1, 3 + 3 * (j % 2)) for j in range(n))
+        alpha = torch.zeros(n, requires_grad=True)
+        one = saved(op, x, Gate(active))
+        for others in (tuple(rest(active, n)), (1 - active,)):
+            assert saved(op, x, Gate(active, others, alpha)) <= 1.15 * one
+        found.add(one)
+    assert len(found) == 1
+
+
+@pytest.mark.slow
+def test_distributed_data_parallel(tmp_path):
+    """The same paths on both ranks, gradients averaged, none for what did not run."""
+    results = torch.multiprocessing.Manager().dict()
+    torch.multiprocessing.spawn(search_steps, (tmp_path / "store", results), nprocs=2)
+    torch.manual_seed(0)
+    net = Searched()
+    images = torch.randn(2, 3, 3, 6, 6)
+    seen = set()
+    for number, (step, paths) in enumerate(STEPS):
+        expected = {n: None for n, _ in net.named_parameters()}
+        freeze(net, paths)
+        for x in images:
+            net.zero_grad(set_to_none=True)
+            net(x, step, paths).square().mean().backward()
+            for name, p in net.named_parameters():
+                if p.grad is not None:
+                    before = expected[name]
+                    expected[name] = p.grad / 2 if before is None else before + p.grad / 2
+        seen.update(enumerate(net.drawn))
+        for rank in range(2):
+            drawn, grads = results[rank][number]
+            assert drawn == net.drawn
+            for name, wanted in expected.items():
+                assert (grads[name] is None) == (wanted is None), (name, step, paths)
+                if wanted is not None:
+                    torch.testing.assert_close(grads[name], wanted)
+    assert len(seen) >= 4
+
+
+# --- drawing ---------------------------------------------------------------------------------
+
+
+def table(*rows):
+    filled = [[*row, *[-math.inf] * (4 - len(row))] for row in rows]
+    return torch.tensor(filled, requires_grad=True)
+
+
+def test_draws_of_a_network():
+    alpha = table((0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0,))
+    seen = [set(), set(), set()]
+    for step in range(60):
+        gates = draw_gates(alpha, 5, step)
+        assert all(g.others == () and g.logits is None for g in gates.edges)
+        for edge_seen, gate in zip(seen, gates.edges, strict=True):
+            edge_seen.add(gate.active)
+        full = draw_gates(alpha, 5, step, paths="full", counts=(4, 3, 1))
+        assert [g.active for g in full.edges] == [g.active for g in gates.edges]
+        assert [sorted({g.active, *g.others}) for g in full.edges] == [[0, 1, 2, 3], [0, 1, 2], [0]]
+        two = draw_gates(alpha, 5, step, paths="two")
+        assert [len(g.others) for g in two.edges] == [1, 1, 0]
+    assert seen == [{0, 1, 2, 3}, {0, 1, 2}, {0}]
+
+
+def test_the_same_draw_at_the_same_step():
+    alpha = torch.zeros(20, 7)
+    first = [g.active for g in draw_gates(alpha, 3, 11).edges]
+    assert first == [g.active for g in draw_gates(alpha, 3, 11).edges]
+    assert first != [g.active for g in draw_gates(alpha, 3, 12).edges]
+    assert first != [g.active for g in draw_gates(alpha, 4, 11).edges]
+
+
+def test_one_call_and_one_transfer_for_the_whole_network(monkeypatch):
+    from fastnas.nn import gates as module
+
+    calls = []
+    real = module.sample_paths
+    monkeypatch.setattr(module, "sample_paths", lambda *a, **k: calls.append(a) or real(*a, **k))
+    lists = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: lists.append(t) or tolist(t))
+    draw_gates(torch.zeros(21, 7, requires_grad=True), 0, 0, paths="full")
+    assert len(calls) == 1 and len(lists) == 1
+
+
+def test_zero_policies():
+    alpha = table((0.0, 9.0), (9.0, 0.0))
+    options = {"paths": "full", "counts": (2, 2), "zeros": (1, 1)}
+    exact = draw_gates(alpha, 0, 0, **options)
+    assert [g.active for g in exact.edges] == [1, 0]
+    assert exact.skipped == () and exact.edges[0].others == (0,)
+    skip = draw_gates(alpha, 0, 0, zero_policy="skip", **options)
+    assert skip.skipped == (0,)
+    assert skip.edges[0] == Gate(1) and skip.edges[1].others == (1,)
+    # An edge without a zero candidate is never left out.
+    none = draw_gates(alpha, 0, 0, zero_policy="skip", **{**options, "zeros": (None, None)})
+    assert none.skipped == ()
+
+
+def test_importance_of_a_draw():
+    alpha = torch.tensor([ALPHA], dtype=torch.float64, requires_grad=True)
+    gates = draw_gates(alpha, 0, 1, paths="two", importance=True)
+    (gate,) = gates.edges
+    p = torch.softmax(alpha[0].detach(), 0).tolist()
+    a, (b,) = gate.active, gate.others
+    assert gate.scale.item() == pytest.approx((p[a] + p[b]) ** 2 / chance(p, a, b))
+    assert draw_gates(torch.zeros(1, 1), 0, 0, paths="two", importance=True).scale.item() == 1
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+def test_errors_name_the_argument():
+    op, x = GatedMixedOp([nn.Identity(), nn.Identity()]), torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"gate\.active from 0 to 1, but got 2"):
+        op(x, Gate(2))
+    with pytest.raises(ValueError, match=r"gate\.others from 0 to 1, but got -1"):
+        op(x, Gate(0, (-1,)))
+    with pytest.raises(ValueError, match="2 candidates and 3 weights"):
+        op(x, torch.zeros(3))
+    with pytest.raises(ValueError, match="at least one candidate"):
+        GatedMixedOp([])
+    alpha = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="expected paths to be one of one, two, full, but got 'f'"):
+        draw_gates(alpha, 0, 0, paths="f")
+    with pytest.raises(ValueError, match="zero_policy to be one of exact, skip"):
+        draw_gates(alpha, 0, 0, zero_policy="never")
+    with pytest.raises(ValueError, match="expected 2 counts, but got 1"):
+        draw_gates(alpha, 0, 0, counts=(3,))
+    with pytest.raises(ValueError, match="sample_paths: expected logits of shape"):
+        draw_gates(torch.zeros(3), 0, 0)
