@@ -59,4 +59,4 @@ def without_pace(turns: Sequence[Sequence[float]]) -> list[float]:
     logs = torch.tensor(turns, dtype=torch.float64).log()
     own = logs.quantile(0.5, dim=0)
     pace = (logs - own).quantile(0.5, dim=1, keepdim=True)
-    return (logs - pace).quantile(0.5, dim=0).add(pace.quantile(0.5)).exp().tolist()
+    return (logs - pace).quantile(0.5, dim=0).exp().tolist()
