@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -104,9 +105,27 @@ def amp_dtype(name: str) -> torch.dtype | None:
 
 
 def memory_layout(name: str, device: torch.device) -> torch.memory_format:
-    """The layout called ``auto``, ``contiguous`` or ``channels_last`` on a device."""
+    """The layout called ``contiguous`` or ``channels_last``; of ``auto`` the usual one.
+
+    What is the faster one in a given run, ``fastnas.search.layout`` finds out.
+    """
     if name == "auto":
         # Depthwise convolutions, half of a search on a CPU, are several times faster there in
         # channels_last; PyTorch's CUDA kernels for them want contiguous images.
         name = "channels_last" if device.type == "cpu" else "contiguous"
     return torch.channels_last if name == "channels_last" else torch.contiguous_format
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, from an idle device to an idle device."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
