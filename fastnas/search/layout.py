@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastnas.search.runtime import memory_layout, timed
+from fastnas._timing import timed
+from fastnas.search.runtime import memory_layout
 
 __all__ = ["LEAST_STEPS", "LayoutChoice", "choose_layout"]
 

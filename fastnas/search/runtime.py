@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -114,18 +113,3 @@ def memory_layout(name: str, device: torch.device) -> torch.memory_format:
         # channels_last; PyTorch's CUDA kernels for them want contiguous images.
         name = "channels_last" if device.type == "cpu" else "contiguous"
     return torch.channels_last if name == "channels_last" else torch.contiguous_format
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, from an idle device to an idle device."""
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
