@@ -19,14 +19,18 @@ from fastnas.spaces.darts import Supernet
 
 
 def build(implementation: str, setting: Setting, method: str, k: int) -> Call:
-    network = stock = StockSupernet(partial_channels=k)
-    if implementation == "fastnas":
-        network = Supernet(partial_channels=k)
-        network.load_state_dict(stock.state_dict())
-    network.to(setting.device, memory_format=setting.memory_format)
-    chosen = METHODS[method](Supernet(partial_channels=k).cell_specs)
+    # The same in the same order for all, so that all get the same numbers.
+    x, stock, ours = (
+        setting.image(),
+        StockSupernet(partial_channels=k),
+        Supernet(partial_channels=k),
+    )
+    chosen = METHODS[method](ours.cell_specs)
     arch = chosen.parameters().to(setting.device)
-    x, parameters = setting.image(), tuple(network.parameters())
+    ours.load_state_dict(stock.state_dict())
+    network = ours if implementation == "fastnas" else stock
+    network.to(setting.device, memory_format=setting.memory_format)
+    parameters = tuple(network.parameters())
 
     def function(x):
         mixed = setting.dtype != torch.float32

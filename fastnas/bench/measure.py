@@ -85,6 +85,7 @@ def interleave(
     before: Callable[[], None] = lambda: None,
     least: int = 5,
     most: int = 200,
+    result: Interleaved | None = None,
 ) -> Interleaved:
     """Time ``runs`` as A B C A B C ...: whatever slows the machine down meets all of them.
 
@@ -95,8 +96,10 @@ def interleave(
         before: called before each measurement.
         least: rounds that are made in any case.
         most: rounds that are enough.
+        result: filled as it goes, for those who want what there is after an interruption.
     """
-    result = Interleaved({name: [] for name in runs})
+    result = Interleaved() if result is None else result
+    result.seconds = {name: [] for name in runs}
     collecting = gc.isenabled()
     gc.disable()
     try:
