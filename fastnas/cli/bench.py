@@ -67,6 +67,11 @@ def show(session: Session, target: Console) -> None:
             "times mean little.",
             style="yellow",
         )
+    if session.memory_limit is not None:
+        target.print(
+            f"Step: median of the rounds. Largest batch: in {_size(session.memory_limit)}, "
+            "estimated from the peak. Floor: share of what copies and matrix products allow."
+        )
     for comparison in session.comparisons:
         target.print()
         target.print(_table(session, comparison))
@@ -83,15 +88,9 @@ def _table(session: Session, comparison: Comparison) -> Table:
         title=f"{_TITLES[comparison.method]}: C {config.channels}, {config.layers} cells, batch "
         f"{comparison.batch_size}, {config.image_size}x{config.image_size}, {rounds} rounds",
         title_justify="left",
-        caption="step: median; floor: share of what copies and matrix products allow; largest "
-        "batch: estimated from the peak",
-        caption_justify="left",
     )
-    limit = session.memory_limit
     table.add_column("form", no_wrap=True)
-    titles = ["step", "against best stock", "peak", "saved"]
-    titles += ["largest batch" + ("" if limit is None else f" in {_size(limit)}"), "floor"]
-    for title in titles:
+    for title in ("step", "against best stock", "peak", "saved", "largest batch", "floor"):
         table.add_column(title, justify="right")
     best = comparison.best_stock()
     for form in comparison.measured():
