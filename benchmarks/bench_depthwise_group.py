@@ -12,9 +12,9 @@ import functools
 import torch
 import torch.nn.functional as F
 from cases import BOTH, FORWARD, SHAPES, Call, Case, Setting
-from harness import Work
 
 from fastnas import ops
+from fastnas.bench.machine import Work
 from fastnas.ops import reference
 
 EDGE = ((3, 1), (5, 1), (3, 2), (5, 2))  # kernel size and dilation

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from cases import FORWARD, Call, Case, Setting
-from harness import Work
 
 from fastnas import ops
+from fastnas.bench.machine import Work
 from fastnas.ops import reference
 
 K = 7

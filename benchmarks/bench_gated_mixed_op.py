@@ -14,9 +14,9 @@ import functools
 import pytest
 import torch
 from cases import BOTH, Call, Case, Setting
-from harness import saved_bytes
 from torch import nn
 
+from fastnas.bench.measure import saved_bytes
 from fastnas.nn.gated import GatedMixedOp, frozen_statistics
 from fastnas.nn.gates import Gate
 from fastnas.spaces.mbconv.layers import MBConv

@@ -7,10 +7,10 @@ import functools
 import operator
 
 from cases import BOTH, FORWARD, SHAPES, Call, Case, Setting
-from harness import Work
 from torch import nn
 
 from fastnas import ops
+from fastnas.bench.machine import Work
 from fastnas.ops import reference
 
 K = 6

@@ -8,10 +8,10 @@ import functools
 import stock
 import torch
 from cases import BOTH, FORWARD, SHAPES, Call, Case, Setting
-from harness import Work
 from torch import nn
 
 import fastnas
+from fastnas.bench.machine import Work
 
 STOCK = {"MixedOp": stock.MixedOp, "PartialMixedOp": stock.PartialMixedOp}
 FUSED = {"MixedOp": fastnas.MixedOp, "PartialMixedOp": fastnas.PartialMixedOp}

@@ -7,9 +7,9 @@ import functools
 import operator
 
 from cases import BOTH, FORWARD, SHAPES, Call, Case, Setting
-from harness import Work
 
 from fastnas import ops
+from fastnas.bench.machine import Work
 from fastnas.ops import reference
 
 K = 6

@@ -14,10 +14,10 @@ import stock
 import torch
 import torch.nn.functional as F
 from cases import BOTH, FORWARD, SHAPES, Call, Case, Setting
-from harness import Work
 from torch import nn
 
 from fastnas import ops
+from fastnas.bench.machine import Work
 from fastnas.ops import reference
 
 CANDIDATES, K = 7, 4

@@ -13,9 +13,9 @@ import functools
 import torch
 import torch.nn.functional as F
 from cases import BOTH, FORWARD, SHAPES, Call, Case, Setting
-from harness import Work
 
 from fastnas import ops
+from fastnas.bench.machine import Work
 from fastnas.ops import reference
 from fastnas.ops.reference import PLAIN
 

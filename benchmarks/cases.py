@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from harness import Work, relative_error, saved_bytes
 from torch import Tensor
+
+from fastnas.bench.machine import Work
+from fastnas.bench.measure import relative_error, saved_bytes
 
 #: Shapes of the mixed ops in a DARTS supernet of 16 channels: batch 64 at each resolution, and 256.
 SHAPES = ((64, 16, 32, 32), (64, 32, 16, 16), (64, 64, 8, 8), (256, 16, 32, 32))

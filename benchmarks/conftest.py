@@ -15,20 +15,11 @@ from typing import Any
 import pytest
 import torch
 from cases import BOTH, Case, Compiler, Form, LeftOut, Prepared
-from harness import (
-    Interleaved,
-    Machine,
-    describe_machine,
-    device_name,
-    flusher,
-    interleave,
-    peak_memory,
-    synchronize,
-    table,
-    timed,
-)
 
 from fastnas import _extension
+from fastnas._timing import synchronize, timed
+from fastnas.bench.machine import Machine, describe_machine, device_name
+from fastnas.bench.measure import Interleaved, flusher, interleave, peak_memory
 
 _DEFAULTS: dict[str, Any] = {
     "bench_device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -378,4 +369,17 @@ def _line(record: dict[str, Any]) -> list[str]:
         "-" if floor is None else f"{floor / seconds[fused]:.0%}",
         f"{saved[False] / 1e6:.2f}" if saved else "-",
         f"{saved[True] / 1e6:.2f}" if saved else "-",
+    ]
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table, columns aligned: text to the left, the rest to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    number = [all(row[i][:1] in "0123456789-" for row in rows) for i in range(len(head))]
+    return [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, number, strict=True)
+        ).rstrip()
+        for row in [head, ["-" * width for width in widths], *rows]
     ]

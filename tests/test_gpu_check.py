@@ -15,10 +15,11 @@ import threading
 import time
 from pathlib import Path
 
-import harness
 import pytest
 import report
 import torch
+
+from fastnas.bench import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "gpu_check"
@@ -308,7 +309,7 @@ def test_the_suite_and_the_benchmarks_run_without_their_plugins(tmp_path):
 
 def test_the_l2_is_flushed_by_writing():
     buffer = torch.ones(5, dtype=torch.int8)
-    harness.overwriter(buffer)()
+    measure.overwriter(buffer)()
     assert not buffer.any()
 
 

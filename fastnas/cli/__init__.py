@@ -30,6 +30,7 @@ _COMMANDS = (
         "fastnas.cli.latency",
         "Time the blocks of a space on this machine, and check what they predict.",
     ),
+    ("bench", "fastnas.cli.bench", "Compare the speed of a search step with plain PyTorch, here."),
     ("info", "fastnas.cli.info", "Print versions, devices and the kernels that were built."),
 )
 

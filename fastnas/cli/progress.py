@@ -120,6 +120,10 @@ class _SearchDisplay(search.Progress):
         self._bar.start()
         self._bar.below(genotype_table(search.genotype()))
 
+    def note(self, text: str) -> None:
+        """Leave a line above the bar."""
+        self._console.print(text, style="dim", markup=False)
+
     def step(self, report: StepReport) -> None:
         """Move the bar."""
         self._bar.step(report)
@@ -166,6 +170,10 @@ class _EvaluationDisplay(evaluate.Progress):
             self._console.print(_continued(e.epoch, e.step))
         self._console.print(_header(_EVALUATION_COLUMNS))
         self._bar.start()
+
+    def note(self, text: str) -> None:
+        """Leave a line above the bar."""
+        self._console.print(text, style="dim", markup=False)
 
     def step(self, report: StepReport) -> None:
         """Move the bar."""

@@ -21,6 +21,9 @@ class Progress:
     def start(self, evaluation: Evaluation) -> None:
         """The training begins, or goes on (``evaluation.epoch``, ``evaluation.step`` say where)."""
 
+    def note(self, text: str) -> None:
+        """The training has decided something about itself, such as its memory format."""
+
     def step(self, report: StepReport) -> None:
         """Some more batches are done (``config.log_every``, and at the end of a phase)."""
 
@@ -58,6 +61,10 @@ class TextProgress(Progress):
             f"evaluation: {e.source.label} on {e.data.name}, {e.size()}{e.parameters:,} "
             f"parameters, {e.device}{where}{begun}"
         )
+
+    def note(self, text: str) -> None:
+        """What the training has decided."""
+        self._write(text)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Losses and accuracies."""

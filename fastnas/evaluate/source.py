@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class GenotypeSource:
     epochs_left: int = 0
 
 
-def find_genotype(source: str | os.PathLike[str]) -> GenotypeSource:
+def find_genotype(source: str | os.PathLike[str], own: str | None = None) -> GenotypeSource:
     """Find the architecture that ``source`` names.
 
     Args:
@@ -48,6 +48,8 @@ def find_genotype(source: str | os.PathLike[str]) -> GenotypeSource:
             search, or the released code of ProxylessNAS, writes it, or text with one
             ``Genotype(...)`` in it, as DARTS prints it. A file or folder that has the name of a
             published architecture is reached as ``./NAME``.
+        own: folder of an evaluation that goes on; it has its own copy of the architecture, should
+            ``source`` be gone.
 
     Raises:
         FileNotFoundError: nothing has that name, or the search has not written a genotype yet.
@@ -63,6 +65,8 @@ def find_genotype(source: str | os.PathLike[str]) -> GenotypeSource:
     if path.is_file():
         genotype, space_name = _from_file(path)
         return GenotypeSource(genotype, space_name, name)
+    if own is not None and (copy := RunDirectory(own).genotype).is_file():
+        return replace(find_genotype(copy), label=name)
     published = ", ".join(n for space in SPACES.values() for n in space.genotypes)
     raise FileNotFoundError(
         f"{name}: expected the folder of a search, a genotype file or a published name "

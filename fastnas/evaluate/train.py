@@ -9,6 +9,7 @@ done, bit for bit on a CPU.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -28,8 +29,10 @@ from fastnas.evaluate.result import (
 )
 from fastnas.evaluate.source import GenotypeSource, find_genotype, space_of
 from fastnas.methods import Outcome
+from fastnas.search.assembly import lay_out
 from fastnas.search.checkpoint import RandomState, save_checkpoint
-from fastnas.search.files import RunDirectory, write_json, write_text
+from fastnas.search.files import write_json, write_text
+from fastnas.search.layout import Step
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.resumable import Resumable, data_identity
 from fastnas.search.runtime import amp_dtype, check_threads, memory_layout
@@ -39,19 +42,6 @@ from fastnas.spaces import count_operations, count_parameters, get_space
 __all__ = ["Evaluation"]
 
 _TOP = 5
-
-
-def _source_of(config: EvaluateConfig) -> GenotypeSource:
-    """The architecture to train; a run that goes on has its own copy, should the search be gone."""
-    try:
-        return find_genotype(config.source)
-    except FileNotFoundError:
-        if not config.resume or config.out in (None, "auto"):
-            raise
-        own = RunDirectory(config.out).genotype
-        if not own.is_file():
-            raise
-        return dataclasses.replace(find_genotype(own), label=config.source)
 
 
 class Evaluation(Resumable):
@@ -93,7 +83,8 @@ class Evaluation(Resumable):
         self.device = config.torch_device()
         check_threads(config.threads)
         if genotype is None:
-            self.source = _source_of(config)
+            own = config.out if config.resume and config.out != "auto" else None
+            self.source = find_genotype(config.source, own)
         elif isinstance(genotype, GenotypeSource):
             self.source = genotype
         else:
@@ -143,8 +134,7 @@ class Evaluation(Resumable):
         self.operations = count_operations(self.network, (1, data.channels, *data.image_size))
         self.parameters = count_parameters(self.network)
         self.network.to(self.device)
-        layout = memory_layout(c.memory_format, self.device)
-        self.network.to(memory_format=layout)  # type: ignore[call-overload]
+        lay_out(self.network, memory_layout(c.memory_format, self.device))
         self._parameters = list(self.network.parameters())
         self.optimizer = torch.optim.SGD(
             self._parameters,
@@ -179,6 +169,7 @@ class Evaluation(Resumable):
             if self._directory is not None:
                 write_text(self._directory.genotype, self.source.genotype.to_json())
             self._tell(self.progress.start, self)
+            self._choose_layout()
             while self.epoch < self.config.epochs:
                 self._obey()
                 self._run_epoch()
@@ -206,7 +197,7 @@ class Evaluation(Resumable):
         # Rises linearly and stays just below its limit.
         drop_path = c.drop_path * self.epoch / c.epochs
         if "drop_path" in get_space(self.source.space).network_fields:
-            self.network.drop_path_prob = drop_path  # type: ignore[assignment]
+            self.network.drop_path_prob = drop_path
         self.network.train()
         clock = time.perf_counter()
         for x, y in self._batches.iterate(self.epoch, self.step):
@@ -225,6 +216,25 @@ class Evaluation(Resumable):
         top1, top5 = self._test(lr)
         self._seconds += time.perf_counter() - clock
         self._finish_epoch(top1, top5, lr)
+
+    def _trial(self, layout: torch.memory_format) -> Step:
+        trial = copy.copy(self)
+        # Together, so that the copied optimizer steps the copied weights.
+        trial.network, trial.optimizer, trial._scaler = copy.deepcopy(
+            (self.network, self.optimizer, self._scaler)
+        )
+        trial._parameters = list(trial.network.parameters())
+        lay_out(trial.network, layout)
+        trial.network.train()
+        # What is on the images costs no time; reading them from a disk would.
+        x = torch.rand(self._batches.batch_size, *self._batches.image_shape, device=self.device)
+        x = x.contiguous(memory_format=layout)
+        y = torch.randint(self.data.num_classes, (len(x),), device=self.device)
+        return lambda: trial._train_step(x, y)
+
+    def _lay_out(self, layout: torch.memory_format) -> None:
+        self._batches.memory_format = self._tests.memory_format = layout
+        lay_out(self.network, layout)
 
     def _train_step(self, x: Tensor, y: Tensor) -> Outcome:
         c = self.config

@@ -32,6 +32,11 @@ class Halves:
     architecture: Endless
     validation: EpochBatches
 
+    def lay_out(self, layout: torch.memory_format) -> None:
+        """Give all images in a memory format from now on."""
+        for batches in (self.weights, self.architecture.batches, self.validation):
+            batches.memory_format = layout
+
 
 def build_halves(data: Data, config: SearchConfig, device: torch.device) -> Halves:
     """Batches of both parts of the training images of ``data``."""
@@ -114,7 +119,7 @@ def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Lea
         **method_type.supernet_options(config.options),
     )
     supernet.to(device)
-    supernet.to(memory_format=memory_layout(config.memory_format, device))  # type: ignore[call-overload]
+    lay_out(supernet, memory_layout(config.memory_format, device))
     method = method_type(
         supernet.cell_specs, config.options, seed=config.seed, term=build_term(data, config)
     )
@@ -188,3 +193,8 @@ def build_term(data: Data, config: SearchConfig) -> CostTerm | None:
     return CostTerm(
         cost, target.value, config.target_loss, config.target_weight, config.target_rate
     )
+
+
+def lay_out(network: nn.Module, layout: torch.memory_format) -> None:
+    """Bring the weights of a network into a memory format; they stay the same parameters."""
+    network.to(memory_format=layout)  # type: ignore[call-overload]  # missing in torch's stubs

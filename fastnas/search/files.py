@@ -286,6 +286,10 @@ class RunDirectory:
             return None
         return found.st_ino, found.st_mtime_ns
 
+    def amend_config(self, **fields: Any) -> None:
+        """Put fields that the run has decided by itself into its ``config.json``."""
+        write_json(self.config, {**read_json(self.config), **fields})
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append the record of one epoch to ``metrics.jsonl``."""
         append_jsonl(self.metrics, record)

@@ -9,6 +9,7 @@ on a CPU.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ import torch
 from fastnas.data import load
 from fastnas.data.interface import Data
 from fastnas.methods import ArchParameters, Method, Moment, Phase
-from fastnas.search.assembly import build_halves, build_learner
+from fastnas.search.assembly import build_halves, build_learner, lay_out
 from fastnas.search.checkpoint import RandomState
 from fastnas.search.config import RUNTIME_FIELDS, SearchConfig
 from fastnas.search.files import write_text
+from fastnas.search.layout import Step
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.progress import Progress, StepReport, TextProgress
 from fastnas.search.resumable import Resumable, data_identity
@@ -83,6 +85,7 @@ class Search(Resumable):
         self.progress = TextProgress() if progress is None else progress
         # Before anything that takes time: it checks the folder.
         super().__init__(config.to_dict(), config.out, config.resume)
+        config = self.config
         self.space = get_space(config.space)
         if data is None:
             data = load(config.data, image_size=config.image_size)
@@ -132,6 +135,7 @@ class Search(Resumable):
         """
         with self._running(self.config.threads, self.config.deterministic):
             self._tell(self.progress.start, self)
+            self._choose_layout()
             while self.epoch < self.config.epochs:
                 self._obey()
                 self._run_epoch()
@@ -257,6 +261,27 @@ class Search(Resumable):
             lr=lr,
             seconds_left=self._pace.seconds(left - with_arch, with_arch),
         )
+
+    def _trial(self, layout: torch.memory_format) -> Step:
+        learner, config = copy.deepcopy(self.learner), self.config
+        lay_out(learner.supernet, layout)
+        learner.supernet.train()
+
+        def batch() -> tuple[torch.Tensor, torch.Tensor]:
+            # What is on the images costs no time; reading them from a disk would.
+            source = self.halves.weights
+            x = torch.rand(source.batch_size, *source.image_shape, device=self.device)
+            y = torch.randint(self.data.num_classes, (len(x),), device=self.device)
+            return x.contiguous(memory_format=layout), y
+
+        train, val = batch(), batch()
+        draw = None if config.epochs <= config.arch_warmup_epochs else lambda: val
+        moment = self._moment("weights")
+        return lambda: learner.method.iteration(learner, train, draw, moment)
+
+    def _lay_out(self, layout: torch.memory_format) -> None:
+        self.halves.lay_out(layout)
+        lay_out(self.supernet, layout)
 
     # --- files and state ---------------------------------------------------------------------
 

@@ -49,6 +49,9 @@ class Progress:
     def start(self, search: Search) -> None:
         """The search begins, or goes on (``search.epoch``, ``search.step`` say where)."""
 
+    def note(self, text: str) -> None:
+        """The search has decided something about itself, such as its memory format."""
+
     def step(self, report: StepReport) -> None:
         """Some more iterations are done (``config.log_every``, and at the end of a phase)."""
 
@@ -152,6 +155,10 @@ class TextProgress(Progress):
         where = f", {c.out}" if c.out else ""
         begun = f", continued after epoch {search.epoch}" if search.resumed else ""
         self._write(f"search: {c.space} by {c.method} on {c.data}, {search.device}{where}{begun}")
+
+    def note(self, text: str) -> None:
+        """What the search has decided."""
+        self._write(text)
 
     def epoch(self, record: Mapping[str, Any], genotype: Any) -> None:
         """Losses and accuracies."""

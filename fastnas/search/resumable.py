@@ -8,8 +8,11 @@ import contextlib
 import math
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
 
 from fastnas.data.interface import Data
 from fastnas.search.checkpoint import (
@@ -20,8 +23,9 @@ from fastnas.search.checkpoint import (
 )
 from fastnas.search.files import RunDirectory, read_json
 from fastnas.search.interrupts import Interrupts, RunInterrupted
+from fastnas.search.layout import Step, choose_layout
 from fastnas.search.meters import Meter
-from fastnas.search.runtime import is_out_of_memory, runtime
+from fastnas.search.runtime import is_out_of_memory, memory_layout, runtime
 
 __all__ = ["NonFiniteLossError", "Resumable", "data_identity", "difference"]
 
@@ -54,6 +58,8 @@ class Resumable(abc.ABC):
 
     kind: ClassVar[str]
     runtime_fields: ClassVar[Collection[str]] = ()
+    config: Any
+    device: torch.device
     random: RandomState
     progress: Any
     steps_per_epoch: int
@@ -90,6 +96,14 @@ class Resumable(abc.ABC):
     def meters(self) -> Mapping[str, Meter]:
         """The losses that must stay finite, by what they are the loss of."""
 
+    @abc.abstractmethod
+    def _trial(self, layout: torch.memory_format) -> Step:
+        """A step of a copy of this run, in a memory format, that changes nothing here."""
+
+    @abc.abstractmethod
+    def _lay_out(self, layout: torch.memory_format) -> None:
+        """Bring network and batches into a memory format."""
+
     def _open(self, out: str) -> RunDirectory:
         """The run's folder, checked but not yet written to."""
         if not self._continues:
@@ -98,12 +112,47 @@ class Resumable(abc.ABC):
         begun = read_json(directory.config)
         if not isinstance(begun, dict):
             raise ValueError(f"{directory.config}: expected an object with fields")
+        self._adopt_layout(begun)
         if found := difference(begun, self._begun_with, self.runtime_fields):
             raise ValueError(
                 f"{directory.path} was begun with {found}: continue it with the same options, "
                 "or start another run with another --out"
             )
         return directory
+
+    # --- the memory format ---------------------------------------------------------------------
+
+    def _adopt_layout(self, begun: Mapping[str, Any]) -> None:
+        """Keep the memory format that the run was begun with, where ``auto`` leaves it open."""
+        name = begun.get("memory_format")
+        if self.config.memory_format == "auto" and name in ("contiguous", "channels_last"):
+            self._set_layout(name)
+
+    def _set_layout(self, name: str) -> None:
+        self.config = replace(self.config, memory_format=name)
+        self._begun_with["memory_format"] = name
+
+    def _choose_layout(self) -> None:
+        """Choose the memory format of a new run, once: another one would give other last bits."""
+        if self.config.memory_format != "auto":
+            return
+        steps = self.config.epochs * self.steps_per_epoch
+        # Whatever the trial draws, the run's own generators do not notice.
+        with RandomState(self.config.seed, self.device).use():
+            choice = choose_layout(
+                self._trial, steps, self.device, lambda: self._interrupts.received is not None
+            )
+        if choice is None:
+            return
+        self._set_layout(choice.name)
+        self._lay_out(memory_layout(choice.name, self.device))
+        if self._directory is not None:
+            # Before the first step: a run that is killed after it goes on in the same format.
+            self._directory.amend_config(memory_format=choice.name)
+        if choice.found is not None:
+            self._tell(self.progress.note, f"memory format: {choice.found}")
+
+    # --- the time of a run ---------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _running(self, threads: int, deterministic: bool) -> Iterator[None]:
@@ -192,6 +241,9 @@ class Resumable(abc.ABC):
 
         Its epoch, step and history must make sense as well: the loop counts on them.
         """
+        if self.config.memory_format == "auto":
+            self._adopt_layout(state["config"])
+            self._lay_out(memory_layout(self.config.memory_format, self.device))
         if found := difference(state["config"], self._begun_with, self.runtime_fields):
             raise ValueError(f"it is of a {self.kind} with {found}")
         if list(state["data"]) != data_identity(data):
@@ -215,7 +267,9 @@ class Resumable(abc.ABC):
         if self._directory is None:
             advice = "nothing is saved, since the run has no folder"
         else:
-            self._save()
+            # In the middle of the choice of a format nothing is done yet that could be lost.
+            if self.config.memory_format != "auto":
+                self._save()
             advice = f"go on with: {self.how_to_go_on()}"
         raise RunInterrupted(f"{where}; {advice}", interrupts.received)
 

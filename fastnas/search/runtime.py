@@ -104,7 +104,10 @@ def amp_dtype(name: str) -> torch.dtype | None:
 
 
 def memory_layout(name: str, device: torch.device) -> torch.memory_format:
-    """The layout called ``auto``, ``contiguous`` or ``channels_last`` on a device."""
+    """The layout called ``contiguous`` or ``channels_last``; of ``auto`` the usual one.
+
+    What is the faster one in a given run, ``fastnas.search.layout`` finds out.
+    """
     if name == "auto":
         # Depthwise convolutions, half of a search on a CPU, are several times faster there in
         # channels_last; PyTorch's CUDA kernels for them want contiguous images.

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from cases import BOTH, FORWARD, Call, Case, Setting
-from harness import Work, describe_machine, flusher, synchronize, timed
 from phase import write
 from torch import Tensor
 
 from fastnas import ops
+from fastnas._timing import synchronize, timed
+from fastnas.bench.machine import Work, describe_machine
+from fastnas.bench.measure import flusher
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
