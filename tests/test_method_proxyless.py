@@ -1,68 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method ``proxyless``: its steps, schedules, estimators and what it leaves alone."""
+"""The steps of the method ``proxyless``: what they move and what they leave alone."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from proxyless_tiny import OPTIONS, alphas, batch, learned, moment
 from torch import nn
 
-from fastnas.costs import Cost
-from fastnas.methods import METHODS, CostTerm, Learner, Proxyless, ProxylessOptions
-from fastnas.methods.base import ArchParameters, Moment
-from fastnas.methods.reinforce import Baseline, policy_gradient, reward
+from fastnas.methods import Proxyless, ProxylessOptions
+from fastnas.methods.base import ArchParameters
+from fastnas.nn.gated import frozen_statistics
 from fastnas.nn.gates import draw_gates
-from fastnas.search import SearchConfig, preset_config
-from fastnas.search.schedule import learning_rate
 from fastnas.spaces import CellGates, mbconv
-
-OPTIONS = {
-    "stem_channels": 8,
-    "stem_stride": 1,
-    "first_channels": 8,
-    "stage_channels": (8, 16),
-    "stage_blocks": (2, 2),
-    "stage_strides": (2, 2),
-    "head_channels": 32,
-}
-SHAPE = mbconv.MBConvShape(image_size=8, in_channels=1, num_classes=4, **OPTIONS)
-
-
-def learned(estimator="full", target=None, lr=1e-2, **options):
-    """A small supernet with everything that steps it; ``target`` is a share of the mean cost."""
-    torch.manual_seed(3)
-    net = mbconv.Supernet(num_classes=4, in_channels=1, **OPTIONS)
-    term = None
-    if target is not None:
-        cost = Cost.counted("macs", mbconv.SPACE.blocks.plan(SHAPE))
-        term = CostTerm(cost, target * cost.expected(net.uniform_weights()).item(), weight=1.0)
-    chosen = ProxylessOptions(estimator=estimator, **options)
-    method = Proxyless(net.cell_specs, chosen, seed=5, term=term)
-    arch = method.parameters()
-    return Learner(
-        net,
-        arch,
-        method,
-        torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=0.1),
-        torch.optim.Adam(arch.parameters(), lr, betas=(0.0, 0.999), weight_decay=0.0),
-        nn.CrossEntropyLoss(),
-    )
-
-
-def batch(n=8):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(n, 1, 8, 8, generator=generator), torch.arange(n) % 4
-
-
-def alphas(learner):
-    return [row.detach().clone() for row in learner.method.rows(learner.arch)]
-
-
-def moment(step=0, length=10, epoch=0, epochs=1):
-    return Moment(epoch, epochs, step, "weights", length)
-
 
 # --- parameters ------------------------------------------------------------------------------
 
@@ -211,8 +161,6 @@ def test_full_gradient_by_hand():
             total = total + hard[edge][k] * (out if hard[edge][k] else out.detach())
         return total
 
-    from fastnas.nn.gated import frozen_statistics
-
     net = learner.supernet
     with frozen_statistics(net):
         h = net.blocks[0](net.first_conv(x.double()))
@@ -315,132 +263,3 @@ def test_validation_takes_the_most_probable_path_and_moves_no_statistics():
     assert not learner.supernet.training and not learner.supernet.blocks[1].training
     assert by_batch.loss != learner.evaluate(batch(), at).loss
     learner.method.evaluate(learner, batch(1), at)
-
-
-# --- REINFORCE -------------------------------------------------------------------------------
-
-
-def test_reward():
-    found = reward(torch.tensor(0.5, dtype=torch.float64), 100.0, 80.0, 0.1)
-    assert found.item() == pytest.approx(0.488966384, abs=1e-9)
-
-
-@pytest.mark.parametrize(("rule", "step"), [("released", 0.99), ("average", 0.01)])
-def test_baselines(rule, step):
-    baseline = Baseline(rule)
-    rewards = torch.tensor([0.1, 0.5, 0.3])
-    assert (rewards - baseline.update(rewards.mean())).sum().abs() < 1e-6
-    assert baseline.update(torch.tensor(0.8)).item() == pytest.approx(step * 0.8 + (1 - step) * 0.3)
-    other = Baseline(rule)
-    other.load_state_dict(baseline.state_dict())
-    assert other.update(torch.tensor(0.0)) == baseline.update(torch.tensor(0.0))
-
-
-def test_policy_gradient_is_that_of_the_log_probability():
-    alpha = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    drawn = torch.tensor([[0, 1, 3], [2, 2, 2]])
-    advantages = torch.tensor([0.7, -0.2], dtype=torch.float64)
-    log_p = torch.log_softmax(alpha, 1)
-    chosen = torch.stack([log_p[torch.arange(3), d].sum() for d in drawn])
-    (wanted,) = torch.autograd.grad(-(advantages * chosen).mean(), alpha)
-    found = policy_gradient(torch.softmax(alpha.detach(), 1), drawn, advantages)
-    torch.testing.assert_close(found, wanted)
-
-
-def test_reinforce_prefers_what_is_cheap_when_nothing_else_differs():
-    learner = learned("reinforce", target=0.5, lr=0.2, rl_samples=8, rl_updates=10, rl_exponent=3.0)
-    learner.criterion = lambda logits, y: logits.sum() * 0
-    x, y = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
-    with torch.no_grad():
-        learner.supernet.classifier.linear.weight.zero_()  # all networks are always right
-    before = learner.method.facts(learner.arch, moment())["macs"]["expected"]
-    learner.weight_step = lambda *a: None
-    state = {n: b.clone() for n, b in learner.supernet.named_buffers()}
-    for step in range(15):
-        learner.method.iteration(learner, (x, y), lambda: (x, y), moment(step))
-    assert learner.method.facts(learner.arch, moment())["macs"]["expected"] < 0.7 * before
-    assert all(torch.equal(b, state[n]) for n, b in learner.supernet.named_buffers())
-    assert set(learner.method.state_dict()) == {"term", "baseline"}
-
-
-# --- schedules and configuration -------------------------------------------------------------
-
-
-def test_preset_of_imagenet():
-    config = preset_config("imagenet", method="proxyless", space="mbconv")
-    c, o = config, config.options
-    assert (c.epochs, o.warmup_epochs, c.arch_warmup_epochs) == (160, 40, 41)
-    assert (c.lr, o.warmup_lr, c.lr_min, c.momentum, c.nesterov) == (0.025, 0.05, 0.0, 0.9, True)
-    assert (c.weight_decay, c.label_smoothing, c.batch_size) == (4e-5, 0.1, 256)
-    assert (c.arch_lr, c.arch_betas, c.arch_weight_decay) == (1e-3, (0.0, 0.999), 0.0)
-    assert (o.arch_every, o.arch_steps, o.estimator) == (5, 1, "full")
-    images = 1_281_167
-    assert int(images * c.weight_share + 1e-6) // c.batch_size == 4_809 + 0
-    assert int(images * c.arch_share + 1e-6) == 50_000
-    assert c.network == mbconv.MBConvOptions()
-    assert SearchConfig.from_dict(c.to_dict()) == c
-
-
-def test_two_cosines_by_iterations():
-    options = ProxylessOptions(warmup_epochs=4, warmup_lr=0.5)
-    method = Proxyless(mbconv.Supernet(4, 1, **OPTIONS).cell_specs, options)
-
-    def rate(step):
-        position, length, high = method.lr_span(moment(step, 10, step // 10, 12))
-        return learning_rate(position, length, 0.2 if high is None else high)
-
-    assert rate(0) == 0.5 and rate(20) == pytest.approx(0.25)
-    assert rate(39) == pytest.approx(0.25 * (1 + math.cos(math.pi * 39 / 40)))
-    assert rate(40) == pytest.approx(0.2) and rate(80) == pytest.approx(0.1)
-    assert 0 < rate(119) < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"method": "proxyless", "space": "darts"}, "needs a space with gates .mbconv., but got"),
-        ({"method": "pc_darts", "space": "mbconv"}, "needs a space with partial_channels .darts."),
-        ({"C": 16}, "C: the space 'mbconv' has no such option, but got 16"),
-        ({"stem": "imagenet"}, "stem: the space 'mbconv' has no such option"),
-        ({"target": "macs=3"}, None),
-        ({"target": "speed=3"}, "target: expected macs=300M"),
-        ({"target": "latency=3ms"}, "latency_table: expected a table with a target of latency"),
-        ({"latency_table": "t.json"}, "latency_table: expected a target as well"),
-        (
-            {"target": "macs=1M", "latency_table": "t.json"},
-            "latency_table: expected a table with a target of latency, and with no other",
-        ),
-        ({"options": ProxylessOptions(warmup_epochs=9)}, "arch_warmup_epochs: expected at least"),
-        (
-            {"options": ProxylessOptions(estimator="two"), "arch_betas": (0.5, 0.999)},
-            r"arch_betas\[0\]: expected 0 with two paths, but got 0.5",
-        ),
-        (
-            {"options": ProxylessOptions(estimator="two"), "arch_weight_decay": 0.1},
-            "arch_weight_decay: expected 0 with two paths",
-        ),
-        (
-            {"options": ProxylessOptions(importance=True)},
-            "importance: expected the estimator 'two', but got 'full'",
-        ),
-        ({"label_smoothing": 1.0}, "label_smoothing: expected 0 or more and less than 1"),
-        ({"nesterov": True, "momentum": 0.0}, "nesterov: expected momentum above 0"),
-    ],
-)
-def test_configurations_that_make_no_sense(fields, message):
-    names = {"method": "proxyless", "space": "mbconv", **fields}
-    if message is None:
-        preset_config("demo", **names)
-        return
-    with pytest.raises(ValueError, match=message):
-        preset_config("demo", **names)
-
-
-@pytest.mark.parametrize("name", ["arch_every", "arch_steps", "rl_samples", "rl_updates"])
-def test_options_out_of_range(name):
-    with pytest.raises(ValueError, match=f"{name}: expected 1 to 32767, but got 0"):
-        ProxylessOptions(**{name: 0})
-
-
-def test_the_method_is_registered():
-    assert METHODS["proxyless"] is Proxyless
