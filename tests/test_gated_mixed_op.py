@@ -53,9 +53,6 @@ def rest(active, n=3):
     return [k for k in range(n) if k != active]
 
 
-# --- the gradient ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("active", range(3))
 def test_full_gradient(active):
     found = gradient(logits(), active, rest(active))
@@ -154,9 +151,6 @@ def test_gradient_of_darts_where_the_loss_is_quadratic():
     p = torch.softmax(alpha, 0)
     (other,) = torch.autograd.grad((p * torch.stack([loss(o) for o in outputs])).sum(), alpha)
     assert (found - other).abs().max() > 0.01
-
-
-# --- a real edge -----------------------------------------------------------------------------
 
 
 def edge(C=8, zero=True):
@@ -386,9 +380,6 @@ def test_distributed_data_parallel(tmp_path):
                 if wanted is not None:
                     torch.testing.assert_close(grads[name], wanted)
     assert len(seen) >= 4
-
-
-# --- errors ----------------------------------------------------------------------------------
 
 
 def test_errors_name_the_argument():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates of a whole network: how they are drawn, weighed and rescaled (ProxylessNAS, section 3.2)."""
+"""Gates of a whole network: how they are drawn, weighed and rescaled."""
 
 from __future__ import annotations
 
