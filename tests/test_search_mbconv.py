@@ -195,6 +195,26 @@ def test_commands_show_them(capsys):
     assert rows[4].split()[:3] == ["88", "2", "3x3_MBConv6"] and "Zero" in rows[4]
 
 
+def test_a_table_for_the_networks_of_a_preset(capsys, tmp_path):
+    """Its sizes are those of the search: the table is taken, and the target is met."""
+    table, run = str(tmp_path / "table.json"), str(tmp_path / "run")
+    words = ["latency", "measure", "--space", "mbconv", "--preset", "demo", "--device", "cpu"]
+    assert main([*words, "--repeats", "1", "--warmup", "0", "--out", table]) == 0
+    words = ["search", "--space", "mbconv", "--method", "proxyless", "--device", "cpu"]
+    words += ["--epochs", "1", "--arch-warmup-epochs", "0", "--validate", "never"]
+    words += ["--weight-share", "0.02", "--arch-share", "0.02", "--latency-table", table]
+    assert main([*words, "--target", "latency=1s", "--out", run]) == 0
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["latency"]
+    assert 0 < record["derived"] <= record["target"] == 1000.0
+    capsys.readouterr()
+    assert main([*words, "--target", "latency=1us", "--out", run + "2"]) == 2
+    assert "no network of this space is so cheap" in capsys.readouterr().err
+    assert main([*words, "--target", "latency=1s", "--stem-stride", "2", "--out", run + "2"]) == 2
+    assert "table.json" in capsys.readouterr().err
+    assert main(["latency", "measure", "--preset", "big", "--out", table + "2"]) == 2
+    assert "preset: expected one of demo, cifar10, imagenet" in capsys.readouterr().err
+
+
 def test_the_command_searches(capsys, tmp_path):
     words = ["search", "--space", "mbconv", "--method", "proxyless", "--preset", "demo"]
     words += ["--out", str(tmp_path / "run"), "--epochs", "1", "--weight-share", "0.02"]
