@@ -14,7 +14,7 @@ from fastnas.methods import DA2S, ArchParameters, DA2SOptions, Moment
 from fastnas.methods.continuation import continuation
 from fastnas.methods.da2s import capped, edge_loss, least_sum_weight, released_logits
 from fastnas.nn.candidates import DARTS_PRIMITIVES
-from fastnas.search import Search
+from fastnas.search import Search, preset_config
 from fastnas.spaces import SPACES, CellSpec, count_parameters
 
 SPEC = CellSpec((2, 3, 4, 5), DARTS_PRIMITIVES[1:])
@@ -152,11 +152,11 @@ def descend(keep: int, weight: float, cap: bool = True) -> Tensor:
     beta = torch.cat([torch.ones(keep), torch.full((5 - keep,), -40.0)]).double()
     beta[0] -= 1e-3
     beta.requires_grad_()
-    for _ in range(4000):
+    for _ in range(1000):
         loss = edge_loss(capped(beta) if cap else beta, keep, weight)
         (gradient,) = torch.autograd.grad(loss, beta)
         with torch.no_grad():
-            beta -= 0.5 * gradient
+            beta -= 1.5 * gradient
     return beta.detach()
 
 
@@ -376,6 +376,11 @@ def test_options_that_are_refused() -> None:
             DA2SOptions(**{name: value})
 
 
+def test_a_target_of_cost_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"target: expected none with the method 'da2s'"):
+        preset_config("demo", method="da2s", target="macs=1M", out=None)
+
+
 # --- the search --------------------------------------------------------------------------------
 
 
@@ -424,7 +429,7 @@ def test_the_second_loss_makes_the_weights_discrete(space: None) -> None:
         keep="1,2",
         **{"aux_weight": 1.0, "delay": 0, "alpha_warmup_epochs": 0, "schedule": "const"},
     )
-    config = tiny.config("da2s", options=options, epochs=30, arch_lr=0.1, validate="never")
+    config = tiny.config("da2s", options=options, epochs=12, arch_lr=0.25, validate="never")
     search = Search(config, data=tiny.images())
     genotype = search.run().genotype
     assert genotype.normal_inputs == genotype.reduce_inputs == (1, 2)

@@ -33,9 +33,9 @@ from fastnas.methods.base import (
     register_method,
 )
 from fastnas.methods.continuation import ContinuationName, continuation
+from fastnas.methods.edge_target import EdgeGroup, EdgeTarget
 from fastnas.methods.learner import Batch, Learner, Outcome
 from fastnas.methods.target import CostTerm
-from fastnas.methods.edge_target import EdgeGroup, EdgeTarget
 from fastnas.spaces.base import CellSpec, CellWeights, Space
 
 __all__ = ["DA2S", "DA2SOptions", "edge_loss", "entropy", "least_sum_weight", "released_logits"]
@@ -246,7 +246,7 @@ class DA2S(Method):
             for kind in self.specs
             for group, b in self._betas(arch, kind)
         ]
-        return torch.stack(losses).sum() if losses else arch.alpha(next(iter(self.specs))).sum() * 0
+        return torch.stack(losses).sum() if losses else next(arch.parameters()).new_zeros(())
 
     def objective(self, loss: Tensor, arch: ArchParameters, moment: Moment) -> Tensor:
         """The loss of the task and, weighted by the schedules, those of candidates and edges."""
