@@ -333,9 +333,7 @@ def test_undecided_alphas_are_warned_of_at_the_end() -> None:
 
 def test_a_method_without_a_hessian() -> None:
     for fields in ({"hessian_every": 1}, {"early_stop": "hessian", "epochs": 20}):
-        with pytest.raises(
-            ValueError, match=r"hessian_every: the method 'proxyless' runs"
-        ):
+        with pytest.raises(ValueError, match=r"hessian_every: the method 'proxyless' runs"):
             preset_config("demo", method="proxyless", space="mbconv", out=None, **fields)
 
 
