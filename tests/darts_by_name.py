@@ -171,8 +171,12 @@ def network(
     layers: int,
     stem: str = "cifar",
     auxiliary: bool = False,
+    inputs: Sequence[int] = (2, 2, 2, 2),
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits of a derived network of four-node cells, and those of its auxiliary head."""
+    """Logits of a derived network, and those of its auxiliary head.
+
+    ``inputs`` are the numbers of pairs of the nodes, in both kinds of cell.
+    """
     s0, s1 = stems(sd, x, stem)
     reduced = stem == "imagenet"
     auxiliary_logits = None
@@ -180,14 +184,15 @@ def network(
         reduction = cell in (layers // 3, 2 * layers // 3)
         states = preprocess(sd, s0, s1, f"cells.{cell}", reduced, True)
         pairs = reduce if reduction else normal
-        for node in range(4):
+        for node, count in enumerate(inputs):
             values = []
-            for position in (2 * node, 2 * node + 1):
+            first = sum(inputs[:node])
+            for position in range(first, first + count):
                 name, source = pairs[position]
                 stride = 2 if reduction and source < 2 else 1
                 key = f"cells.{cell}._ops.{position}"
                 values.append(operation(sd, states[source], name, key, stride, search=False))
-            states.append(values[0] + values[1])
+            states.append(torch.stack(values).sum(0))
         s0, s1, reduced = s1, torch.cat(states[2:], 1), reduction
         if auxiliary and cell == 2 * layers // 3:
             auxiliary_logits = auxiliary_head(sd, s1, stem)

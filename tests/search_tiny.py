@@ -34,9 +34,11 @@ class TinySupernet(nn.Module):
         in_channels: int,
         stem: str,
         partial_channels: int = 1,
+        none: bool = True,
     ) -> None:
         super().__init__()
-        self.cell_specs = {"normal": SPEC, "reduce": SPEC}
+        spec = SPEC if none else CellSpec(SPEC.inputs_per_node, SPEC.primitives[1:])
+        self.cell_specs = {"normal": spec, "reduce": spec}
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, C, 3, 2, 1, bias=False), nn.BatchNorm2d(C), nn.Dropout(0.1)
         )
@@ -58,7 +60,7 @@ class TinySupernet(nn.Module):
                 for source in range(inputs):
                     w, s = ops[edge], states[source]
                     pooled = nn.functional.max_pool2d(s, 3, 1, 1)
-                    mixed = w[1] * pooled + w[2] * s + w[3] * next(convs)(s)
+                    mixed = w[-3] * pooled + w[-2] * s + w[-1] * next(convs)(s)
                     total = total + (mixed if edges is None else edges[edge] * mixed)
                     edge += 1
                 states.append(total)
@@ -76,6 +78,7 @@ def registered() -> Iterator[None]:
         network=darts.network,
         genotype=darts.genotype,
         derive=darts.derive,
+        one_hot=darts.one_hot,
         genotypes={},
     )
     try:

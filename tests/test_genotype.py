@@ -49,12 +49,27 @@ SHORT = {
     "skip_connect": "skip",
 }
 
+CELLS = ("normal", "reduce")
+
 # A cell of five nodes, other operations and other outputs, as AmoebaNet's and NASNet's are.
 FIVE_NODES = Genotype(
     normal=[("sep_conv_7x7", 0), ("conv_7x1_1x7", 1)] + [("avg_pool_3x3", 0)] * 8,
     normal_concat=[4, 6, 5],
     reduce=[("max_pool_3x3", 1)] * 10,
     reduce_concat=[3],
+)
+
+# One to four inputs a node; twice the same source, and twice the same pair.
+UNEVEN = Genotype.from_nodes(
+    [
+        [("skip_connect", 1)],
+        [("sep_conv_3x3", 0), ("max_pool_3x3", 0)],
+        [("dil_conv_3x3", 3), ("dil_conv_3x3", 3)],
+        [("sep_conv_5x5", 4), ("skip_connect", 0), ("avg_pool_3x3", 2), ("skip_connect", 1)],
+    ],
+    range(2, 6),
+    [[("skip_connect", 0)], [("max_pool_3x3", 2)]],
+    [3],
 )
 
 GOOD = GENOTYPES["DARTS_V1"]
@@ -73,7 +88,7 @@ def test_published(name: str) -> None:
     assert set(GENOTYPES) == set(PUBLISHED)
 
 
-@pytest.mark.parametrize("genotype", [*GENOTYPES.values(), FIVE_NODES])
+@pytest.mark.parametrize("genotype", [*GENOTYPES.values(), FIVE_NODES, UNEVEN])
 def test_round_trips(genotype: Genotype, tmp_path: Path) -> None:
     assert Genotype.parse(str(genotype)) == genotype
     assert Genotype.from_dict(genotype.to_dict()) == genotype
@@ -151,7 +166,8 @@ def test_refused_text_is_not_run(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"format": "other"}, "format is 'other', wanted 'fastnas.genotype'"),
-        ({"version": 2}, "version is 2, wanted 1"),
+        ({"version": 3}, "version is 3, wanted 1 or 2"),
+        ({"version": 2}, r"normal\[0\] is 'sep_conv_3x3', wanted \(op, source\)"),
         ({"version": True}, "version is True"),
         ({"space": "mbconv"}, "space is 'mbconv', wanted 'darts'"),
         ({"surplus": 1}, "unknown field 'surplus'"),
@@ -191,6 +207,70 @@ def test_wrong_genotypes_are_named(
     file.write_text(json.dumps(good_dict(**changes)))
     with pytest.raises(ValueError, match=f"^{file}: genotype: .*{message}"):
         Genotype.load(file)
+
+
+def test_nodes_of_other_than_two_pairs() -> None:
+    assert UNEVEN.normal_inputs == (1, 2, 2, 4) and UNEVEN.reduce_inputs == (1, 1)
+    assert UNEVEN.normal[1] == ("sep_conv_3x3", 0) and len(UNEVEN.normal) == 9
+    assert UNEVEN.nodes("normal")[2] == (("dil_conv_3x3", 3), ("dil_conv_3x3", 3))
+    data = json.loads(UNEVEN.to_json())
+    assert data["version"] == 2
+    assert data["normal"][:2] == [
+        [["skip_connect", 1]],
+        [["sep_conv_3x3", 0], ["max_pool_3x3", 0]],
+    ]
+    assert str(UNEVEN).startswith("Genotype(normal=[[('skip_connect', 1)], [('sep_conv_3x3', 0), ")
+    assert UNEVEN != GOOD and hash(UNEVEN) != hash(GOOD)
+    # The same pairs, otherwise shared among the nodes, are another architecture.
+    pairs = [("skip_connect", 0)] * 4
+    one, other = (Genotype(pairs, [2], pairs, [2], n, n) for n in ((2, 2), (1, 3)))
+    assert one != other and one == Genotype(pairs, [2], pairs, [2])
+
+
+def test_two_pairs_a_node_are_version_1_and_read_in_both() -> None:
+    again = Genotype.from_nodes(
+        GOOD.nodes("normal"), GOOD.normal_concat, GOOD.nodes("reduce"), GOOD.reduce_concat
+    )
+    assert again == GOOD and again.to_dict()["version"] == 1
+    nested = {cell: [[list(p) for p in node] for node in GOOD.nodes(cell)] for cell in CELLS}
+    assert Genotype.from_dict(good_dict(version=2, **nested)) == GOOD
+    text = str(GOOD)
+    for cell in CELLS:
+        text = text.replace(f"{cell}={list(getattr(GOOD, cell))}", f"{cell}={nested[cell]}")
+    assert text != str(GOOD) and Genotype.parse(text) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("normal", "message"),
+    [
+        ([], "normal must be a list of nodes"),
+        ([[]], "node 2 of normal has 0 pairs, wanted 1 to 64"),
+        ([[["skip_connect", 0]], []], "node 3 of normal has 0 pairs"),
+        ([[["skip_connect", 0]] * 65], "node 2 of normal has 65 pairs"),
+        ([[["skip_connect", 0]]] * 65, "normal has 65 nodes, wanted up to 64"),
+        ([[["skip_connect", 0]], 3], r"normal\[1\] is 3, wanted the list of a node's pairs"),
+        ([[["skip_connect", 2]]], r"normal\[0\] has source 2, wanted an integer from 0 to 1"),
+        ([[["skip_connect", 0]], [["skip_connect", 2], ["x", 0]]], r"normal\[2\] has the unknown"),
+        ([[["skip_connect", 0]], [["skip_connect", 3]]], r"normal\[1\] has source 3, .* node 3"),
+        ([["skip_connect", 0]], r"normal\[0\] is 'skip_connect', wanted \(op, source\)"),
+    ],
+)
+def test_wrong_nodes_are_named(normal: list[object], message: str) -> None:
+    reduce = [[["skip_connect", 0]]]
+    data = good_dict(version=2, normal=normal, normal_concat=[2], reduce=reduce, reduce_concat=[2])
+    with pytest.raises(ValueError, match=f"^genotype: .*{message}"):
+        Genotype.from_dict(data)
+
+
+def test_numbers_of_pairs_are_checked() -> None:
+    pairs = [("skip_connect", 0)] * 4
+    for inputs, message in (
+        ((1, 2), "normal has 4 pairs, but its nodes have 3"),
+        ((4, True), "node 3 of normal has True pairs"),
+        (3, "normal_inputs must be a list of integers"),
+    ):
+        with pytest.raises(ValueError, match=f"^genotype: {message}"):
+            Genotype(pairs, [2], pairs, [2], inputs)
 
 
 def test_missing_keys() -> None:

@@ -52,6 +52,33 @@ def test_against_the_formulas(name: str, stem: str, size: int) -> None:
         torch.testing.assert_close(out, logits, **FP64)
 
 
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_nodes_of_any_number_of_inputs(stem: str) -> None:
+    ops = ("sep_conv_3x3", "skip_connect", "max_pool_3x3", "dil_conv_5x5")
+    cells = [
+        [[(ops[(i + j + shift) % 4], j) for j in range(n)] for i, n in enumerate((1, 2, 2, 5))]
+        for shift in (0, 1)
+    ]
+    genotype = Genotype.from_nodes(cells[0], range(2, 6), cells[1], range(2, 6))
+    model = Network(genotype, 2, 3, 5, auxiliary=True, stem=stem, in_channels=1).double()
+    randomise(model)
+    size = 32 if stem == "cifar" else 224
+    x = torch.randn(2, 1, size, size, dtype=torch.float64)
+    model.train()
+    sd = Keys(model.state_dict(), training=True)
+    logits, auxiliary = darts_by_name.network(
+        sd, x, genotype.normal, genotype.reduce, 3, stem, auxiliary=True, inputs=(1, 2, 2, 5)
+    )
+    assert not sd.unread
+    out = model(x)
+    torch.testing.assert_close(out[0], logits, **FP64)
+    torch.testing.assert_close(out[1], auxiliary, **FP64)
+    # It trains, with drop path on every path that is no identity.
+    model.drop_path_prob = 0.5
+    sum(y.square().sum() for y in model(x)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_state_dict_names() -> None:
     names = set(Network(PC, 4, 5, 10, auxiliary=True).state_dict())
     assert {

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fastnas import evaluate, search
 from fastnas.cli.terminal import console, genotype_table
-from fastnas.search.progress import StepReport, against_target, clock
+from fastnas.search.progress import StepReport, against_target, clock, conclusions, signs
 
 if TYPE_CHECKING:
     from fastnas.evaluate import Evaluation, EvaluationResult
@@ -131,12 +131,18 @@ class _SearchDisplay(search.Progress):
     def epoch(self, record: Mapping[str, Any], genotype: Any) -> None:
         """Leave a line above the bar and show the new genotype."""
         self._console.print(_row(record, self._epochs, _SEARCH_COLUMNS))
-        self._bar.below(genotype_table(genotype))
+        self._bar.below(Group(genotype_table(genotype), Text(", ".join(signs(record)), "dim")))
+
+    def warning(self, text: str) -> None:
+        """Leave it above the bar."""
+        self._console.print(f"warning: {text}", style="yellow", markup=False)
 
     def end(self, result: SearchResult) -> None:
         """Show what was found."""
         self._bar.stop()
         self._console.print("\nWhat was found:", style="bold")
+        for line in conclusions(result):
+            self._console.print(line, markup=False)
         self._console.print(Padding(genotype_table(result.genotype), (0, 0, 1, 2)))
         for line in against_target(result.history[-1]):
             self._console.print(line)

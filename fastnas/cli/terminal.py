@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import singledispatch
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any
 
 from rich.console import Console
@@ -36,12 +36,12 @@ def genotype_table(genotype: Any) -> Table:
     has one row for each run of blocks of one width.
     """
     table = _empty_table("node")
-    columns = (("normal cell", genotype.normal), ("reduction cell", genotype.reduce))
+    columns = (("normal cell", "normal"), ("reduction cell", "reduce"))
     for title, _ in columns:
         table.add_column(title, overflow="fold")  # on a narrow terminal in two lines, not cut off
-    for node in range(max(len(pairs) // 2 for _, pairs in columns)):
-        cells = [_node(pairs[2 * node : 2 * node + 2]) for _, pairs in columns]
-        table.add_row(str(node + 2), *cells)
+    nodes = [genotype.nodes(cell) for _, cell in columns]
+    for number, row in enumerate(zip_longest(*nodes, fillvalue=()), 2):
+        table.add_row(str(number), *map(_node, row))
     return table
 
 

@@ -103,14 +103,16 @@ def _from_search(folder: Path) -> GenotypeSource:
     genotype, space = _from_file(run.genotype)
     config = read_json(run.config) if run.config.is_file() else {}
     data, epochs = (config.get(k) if isinstance(config, dict) else None for k in ("data", "epochs"))
-    done = len(read_jsonl(run.metrics)) if run.metrics.is_file() else 0
+    records = read_jsonl(run.metrics) if run.metrics.is_file() else []
+    # A search that was stopped early has nothing left to do.
+    over = bool(records) and records[-1].get("stopped") is not None
     return GenotypeSource(
         genotype,
         space,
         str(folder),
         search=folder,
         data=data if isinstance(data, str) else None,
-        epochs_left=max(0, epochs - done) if isinstance(epochs, int) else 0,
+        epochs_left=max(0, epochs - len(records)) if isinstance(epochs, int) and not over else 0,
     )
 
 

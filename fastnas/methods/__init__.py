@@ -15,6 +15,7 @@ from fastnas.methods.base import (
     Phase,
     register_method,
 )
+from fastnas.methods.da2s import DA2S, DA2SOptions
 from fastnas.methods.darts import Darts, DartsOptions
 from fastnas.methods.learner import Batch, Learner, Outcome
 from fastnas.methods.pc_darts import PCDarts, PCDartsOptions
@@ -22,10 +23,12 @@ from fastnas.methods.proxyless import Proxyless, ProxylessOptions
 from fastnas.methods.target import CostTerm, Target
 
 __all__ = [
+    "DA2S",
     "METHODS",
     "ArchParameters",
     "Batch",
     "CostTerm",
+    "DA2SOptions",
     "Darts",
     "DartsOptions",
     "Learner",

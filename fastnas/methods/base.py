@@ -246,6 +246,26 @@ class Method(abc.ABC):
         """The weights under which the cost of a network is expected; differentiable."""
         return cast("Mapping[str, CellWeights]", self.weights(arch, moment))
 
+    def pruned_weights(
+        self, arch: ArchParameters, one_hot: Mapping[str, CellWeights]
+    ) -> dict[str, CellWeights]:
+        """The weights of the mixed ops when the supernet is pruned to a genotype.
+
+        Args:
+            arch: the architecture parameters.
+            one_hot: what ``space.one_hot`` gives for the genotype: 1 for each candidate and each
+                edge that stays, else 0.
+
+        Returns:
+            ``one_hot`` itself. A method that weighs the edges shares their weight among those that
+            stay.
+        """
+        return dict(one_hot)
+
+    def entropy(self, arch: ArchParameters) -> dict[str, float]:
+        """Mean entropy of the candidates' weights over the edges of each cell kind, in nats."""
+        return arch.entropy()
+
     def derive(self, arch: ArchParameters, space: Space) -> Any:
         """The genotype: the space's rule applied to the method's scores.
 

@@ -9,6 +9,7 @@ betas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -88,6 +89,17 @@ class PCDarts(Darts):
             )
             for kind, spec in self.specs.items()
         }
+
+    def pruned_weights(
+        self, arch: ArchParameters, one_hot: Mapping[str, CellWeights]
+    ) -> dict[str, CellWeights]:
+        """The edges that stay share the weight of their node: the softmax of their betas alone."""
+        pruned = {}
+        for kind, weights in one_hot.items():
+            assert weights.edges is not None
+            beta = arch.beta(kind).masked_fill(weights.edges == 0, -math.inf)
+            pruned[kind] = CellWeights(weights.ops, softmax_per_node(beta, self.specs[kind]))
+        return pruned
 
     def scores(self, arch: ArchParameters) -> dict[str, Tensor]:
         """``softmax(alpha) softmax(beta)``: the product decides which edges are kept."""

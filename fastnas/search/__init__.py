@@ -15,6 +15,7 @@ from fastnas.search.checkpoint import (
 )
 from fastnas.search.config import PRESETS, SearchConfig, preset_config
 from fastnas.search.files import RunDirectory
+from fastnas.search.gap import Gap
 from fastnas.search.interrupts import RunInterrupted
 from fastnas.search.loop import Search, SearchResult
 from fastnas.search.progress import Progress, StepReport, TextProgress
@@ -24,6 +25,7 @@ from fastnas.search.schedule import learning_rate
 __all__ = [
     "PRESETS",
     "CheckpointError",
+    "Gap",
     "NonFiniteLossError",
     "Progress",
     "RandomState",

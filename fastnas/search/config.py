@@ -19,6 +19,7 @@ import tyro
 from fastnas.data import DEFAULT, Augment
 from fastnas.methods import METHODS, MethodOptions, Target
 from fastnas.methods.target import Form
+from fastnas.search.early_stop import FIRST_EPOCH, LEAST_MEASUREMENTS
 from fastnas.search.fields import SEEDS, check_range, from_dict, to_dict
 from fastnas.search.runtime import resolve_device
 from fastnas.spaces import SPACES, SpaceOptions, get_space
@@ -110,6 +111,13 @@ class SearchConfig:
     """After which epochs the supernet is tested on the images of the architecture."""
     val_batches: int = 0
     """Batches of such a test; 0 for all."""
+    gap: bool = True
+    """At the end, test the supernet pruned to what was found as well: see fastnas gap."""
+    hessian_every: int = 0
+    """Epochs between two measurements of the largest eigenvalue of the validation loss' Hessian in
+    the alphas, which grows where they overfit; 0 for none, with early stopping for each epoch."""
+    early_stop: Literal["off", "hessian"] = "off"
+    """hessian: stop where that eigenvalue rises; what was found before is the result (R-DARTS)."""
 
     seed: int = 2
     """Seed of everything random."""
@@ -175,6 +183,7 @@ class SearchConfig:
             raise ValueError("nesterov: expected momentum above 0, but got 0")
         self._check_target()
         method_class(self.method).check(self)
+        self._check_hessian()
         if self.resume and self.out is None:
             raise ValueError("resume: expected a folder in out, but got none")
 
@@ -219,6 +228,27 @@ class SearchConfig:
         for name in ("target_weight", "target_rate"):
             check_range(name, getattr(self, name) or 0.0, 0)
 
+    @property
+    def hessian_interval(self) -> int:
+        """Epochs between two measurements of the eigenvalue; 0 for none."""
+        return self.hessian_every or int(self.early_stop == "hessian")
+
+    def _check_hessian(self) -> None:
+        if self.hessian_interval and "gates" in method_class(self.method).needs:
+            raise ValueError(
+                f"hessian_every: the method {self.method!r} runs one path at a time, whose loss "
+                "has no Hessian in the alphas; expected 0, and early_stop off"
+            )
+        if self.early_stop == "off":
+            return
+        least = max(FIRST_EPOCH, LEAST_MEASUREMENTS * self.hessian_interval)
+        if self.epochs < least:
+            raise ValueError(
+                f"early_stop: expected at least {least} epochs, since it compares means of "
+                f"measurements, {LEAST_MEASUREMENTS} in all, one every {self.hessian_interval} "
+                f"epochs, from epoch {FIRST_EPOCH} on, but got {self.epochs}"
+            )
+
     def torch_device(self) -> torch.device:
         """The device that ``device`` names; ValueError if there is none."""
         return resolve_device(self.device)
@@ -252,12 +282,12 @@ class SearchConfig:
 
 # Fields that may differ between a run and its continuation: they name places and means, not the
 # search itself. (Another device, or number of threads, may change the last bits.)
-RUNTIME_FIELDS = frozenset({"out", "resume", "device", "threads", "log_every"})
+RUNTIME_FIELDS = frozenset({"out", "resume", "device", "threads", "log_every", "gap"})
 
 _NOT_NEGATIVE = (
     *("lr", "lr_min", "lr_warmup_epochs", "momentum", "weight_decay", "grad_clip"),
     *("arch_lr", "arch_weight_decay", "arch_grad_clip", "arch_warmup_epochs"),
-    *("val_batches", "threads"),
+    *("val_batches", "threads", "hessian_every"),
 )
 
 CELL_FIELDS = ("C", "layers", "stem")

@@ -13,6 +13,7 @@ import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from fastnas.data.interface import Data
 from fastnas.methods import ArchParameters, Method, Moment, Phase
 from fastnas.search.assembly import build_halves, build_learner, lay_out
 from fastnas.search.checkpoint import RandomState
+from fastnas.search.collapse import observe
 from fastnas.search.config import RUNTIME_FIELDS, SearchConfig
 from fastnas.search.files import write_text
+from fastnas.search.gap import BN_BATCHES, Gap, measure_gap
 from fastnas.search.layout import Step
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.progress import Progress, StepReport, TextProgress
@@ -42,11 +45,15 @@ class SearchResult:
         genotype: the derived architecture, an instance of the space's genotype class.
         history: one record an epoch, as in ``metrics.jsonl``.
         path: the run's folder, None when nothing was written.
+        stopped: where the search was stopped early, the epoch the genotype is of; else None.
+        gap: what pruning the supernet to the genotype costs; None where it was not measured.
     """
 
     genotype: Any
     history: list[dict[str, Any]]
     path: Path | None
+    stopped: int | None = None
+    gap: Gap | None = None
 
 
 class Search(Resumable):
@@ -116,9 +123,46 @@ class Search(Resumable):
         """The method."""
         return self.learner.method
 
+    @property
+    def stopped(self) -> int | None:
+        """The epoch whose architecture is the result, where the search was stopped early."""
+        return self.history[-1].get("stopped") if self.history else None
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.epoch >= self.config.epochs or self.stopped is not None
+
     def genotype(self) -> Any:
-        """The architecture that would be derived now."""
-        return self.method.derive(self.arch, self.space)
+        """The architecture that would be derived now; of an earlier epoch after an early stop."""
+        return self.genotype_of(self.stopped)
+
+    def genotype_of(self, epoch: int | None) -> Any:
+        """The architecture derived after an earlier epoch, from 1; None for now."""
+        if epoch is None:
+            return self.method.derive(self.arch, self.space)
+        return self.space.genotype.from_dict(self.history[epoch - 1]["genotype"])
+
+    def measure_gap(self, genotype: Any = None, supernet: float | None = None) -> Gap:
+        """Test the supernet as it is and pruned to a genotype, on the architecture's images.
+
+        Args:
+            genotype: the architecture, by default that of :meth:`genotype`.
+            supernet: accuracy of the supernet, where it is known already.
+
+        Raises:
+            ValueError: a supernet of this space cannot be pruned.
+        """
+        return measure_gap(
+            self.learner,
+            self.space,
+            self.genotype() if genotype is None else genotype,
+            self.moment("validation"),
+            validation=lambda: islice(self.halves.validation.iterate(0), self._test_steps),
+            training=lambda: islice(self.halves.weights.iterate(0), BN_BATCHES),
+            supernet=supernet,
+            pause=self._obey,
+        )
 
     def run(self) -> SearchResult:
         """Search to the end, from the start or from where the checkpoint was taken.
@@ -136,11 +180,18 @@ class Search(Resumable):
         with self._running(self.config.threads, self.config.deterministic):
             self._tell(self.progress.start, self)
             self._choose_layout()
-            while self.epoch < self.config.epochs:
+            while not self.over:
                 self._obey()
                 self._run_epoch()
             # Again, for a run that was killed between its last checkpoint and this file.
-            result = SearchResult(self._write_genotype(), self.history, self.path)
+            gap = self.history[-1].get("gap")
+            result = SearchResult(
+                self._write_genotype(),
+                self.history,
+                self.path,
+                self.stopped,
+                None if gap is None else Gap(**gap),
+            )
             self._tell(self.progress.end, result)
         return result
 
@@ -152,7 +203,7 @@ class Search(Resumable):
         self.supernet.train()
         clock = time.perf_counter()
         for batch in self.halves.weights.iterate(self.epoch, self.step):
-            moment = self._moment("weights")
+            moment = self.moment("weights")
             rate = self._learning_rate(self.step)
             for group in self.learner.weight_optimizer.param_groups:
                 group["lr"] = rate
@@ -170,8 +221,14 @@ class Search(Resumable):
                 self._tell(self.progress.step, self._report("train", self._train, lr))
             self._obey()
         val = self._validate(lr)
+        signs = observe(self, val.accuracy)
         self._seconds += time.perf_counter() - clock
-        self._finish_epoch(val, lr)
+        self._finish_epoch(val, lr, signs)
+
+    @property
+    def _test_steps(self) -> int:
+        """Batches of a test of the supernet."""
+        return min(len(self.halves.validation), self.config.val_batches or 2**31)
 
     def _learning_rate(self, step: int) -> float:
         """The rate of the weights at a step of this epoch."""
@@ -196,12 +253,12 @@ class Search(Resumable):
         last = self.epoch == config.epochs - 1
         if config.validate == "never" or (config.validate == "last" and not last):
             return meter
-        steps = min(len(self.halves.validation), config.val_batches or len(self.halves.validation))
+        steps = self._test_steps
         self.supernet.eval()
         # The same order in every epoch: this is a measurement.
         batches = self.halves.validation.iterate(0)
         for number, batch in zip(range(1, steps + 1), batches, strict=False):
-            outcome = self.method.evaluate(self.learner, batch, self._moment("validation"))
+            outcome = self.method.evaluate(self.learner, batch, self.moment("validation"))
             meter.add(outcome, number)
             if number % config.log_every == 0 or number == steps:
                 report = self._report("validation", meter, lr, (number, steps))
@@ -210,8 +267,7 @@ class Search(Resumable):
         self.supernet.train()
         return meter
 
-    def _finish_epoch(self, val: Meter, lr: float) -> None:
-        genotype = self.genotype()
+    def _finish_epoch(self, val: Meter, lr: float, signs: dict[str, Any]) -> None:
         record = {
             "epoch": self.epoch + 1,
             "train_loss": self._train.loss,
@@ -221,9 +277,8 @@ class Search(Resumable):
             "val_loss": val.loss,
             "val_accuracy": val.accuracy,
             "lr": lr,
-            "entropy": self.arch.entropy(),
-            **self.method.facts(self.arch, self._moment("validation")),
-            "genotype": genotype.to_dict(),
+            **self.method.facts(self.arch, self.moment("validation")),
+            **signs,
             "seconds": round(self._seconds, 3),
         }
         self.history.append(record)
@@ -235,9 +290,12 @@ class Search(Resumable):
             self._save()
             self._directory.append_metrics(record)
             self._write_genotype()
-        self._tell(self.progress.epoch, record, genotype)
+        self._tell(self.progress.epoch, record, self.genotype())
+        for warning in record["warnings"].values():
+            self._tell(self.progress.warning, warning)
 
-    def _moment(self, phase: Phase) -> Moment:
+    def moment(self, phase: Phase) -> Moment:
+        """Now."""
         done = self.epoch * self.steps_per_epoch + self.step
         return Moment(self.epoch, self.config.epochs, done, phase, self.steps_per_epoch)
 
@@ -245,7 +303,7 @@ class Search(Resumable):
         self, phase: Any, meter: Meter, lr: float, done: tuple[int, int] | None = None
     ) -> StepReport:
         step, steps = done or (self.step, self.steps_per_epoch)
-        left = self.config.epochs * self.steps_per_epoch - self._moment(phase).step
+        left = self.config.epochs * self.steps_per_epoch - self.moment(phase).step
         with_arch = min(
             left, (self.config.epochs - self.config.arch_warmup_epochs) * self.steps_per_epoch
         )

@@ -58,6 +58,9 @@ class Progress:
     def epoch(self, record: Mapping[str, Any], genotype: Any) -> None:
         """An epoch is over: its line of ``metrics.jsonl``, and the genotype as of now."""
 
+    def warning(self, text: str) -> None:
+        """Something that was seen in the epoch that is over, and which option may help."""
+
     def end(self, result: SearchResult) -> None:
         """The search is over."""
 
@@ -134,6 +137,32 @@ def _amount(value: float, name: str) -> str:
     return f"{value:.4g}"
 
 
+def signs(record: Mapping[str, Any]) -> list[str]:
+    """What an epoch's record has of the signs of a collapse: entropy, skip connections, Hessian."""
+    parts = []
+    if record["entropy"]:
+        parts.append(f"entropy {sum(record['entropy'].values()) / len(record['entropy']):.3f}")
+    if record["skip_connects"] is not None:
+        counts = [f"{skips} of {kept}" for skips, kept in record["skip_connects"].values()]
+        parts.append(f"skip connections {' + '.join(counts)}")
+    if record["eigenvalue"] is not None:
+        parts.append(f"Hessian {record['eigenvalue']:.4g}")
+    return parts
+
+
+def conclusions(result: SearchResult) -> list[str]:
+    """How a search ended, where there is more to say than its genotype."""
+    lines = []
+    if result.stopped is not None:
+        lines.append(
+            f"stopped after epoch {len(result.history)}, where the eigenvalue of the Hessian had "
+            f"risen; the genotype is of epoch {result.stopped}"
+        )
+    if result.gap is not None:
+        lines.append(f"discretization gap (validation accuracy): {result.gap}")
+    return lines
+
+
 class TextProgress(Progress):
     """One line of text for the start, each epoch, and the end, and one a minute in long epochs.
 
@@ -174,11 +203,18 @@ class TextProgress(Progress):
             parts.append(f"validation accuracy {record['val_accuracy']:.1%}")
         parts += against_target(record)
         parts.append(f"lr {record['lr']:.4g}")
+        parts += signs(record)
         parts.append(f"{record['seconds']:.1f} s")
         self._write(", ".join([*parts, *self._lines.left()]))
 
+    def warning(self, text: str) -> None:
+        """A line that begins with ``warning:``."""
+        self._write(f"warning: {text}")
+
     def end(self, result: SearchResult) -> None:
-        """The genotype."""
+        """What the search ended with, and the genotype."""
+        for line in conclusions(result):
+            self._write(line)
         self._write(str(result.genotype))
         for line in against_target(result.history[-1]):
             self._write(line)

@@ -144,7 +144,8 @@ class Space:
         supernet: builds the network that is searched.
         network: builds the network of a genotype; the genotype is its first argument.
         genotype: the class of a derived architecture.
-        derive: ``(scores, specs) -> genotype``; ``scores`` maps a cell kind to ``[E, K]``.
+        derive: ``(scores, specs) -> genotype``; ``scores`` maps a cell kind to ``[E, K]``. A third
+            argument, from a method that chooses the edges itself, maps it to ``[E]``, bool.
         genotypes: published architectures by name.
         blocks: how its networks fall into blocks, for ``fastnas latency`` and costs; None where
             nobody has said.
@@ -154,13 +155,15 @@ class Space:
         network_fields: configuration fields of an evaluation that ``network`` knows.
         features: what methods may need of the supernet: ``gates`` (it takes ``CellGates``),
             ``partial_channels`` (it takes that argument).
+        one_hot: ``(genotype, specs) -> weights`` of the supernet pruned to the genotype: 1 for each
+            candidate and each edge that stays, else 0. None where a supernet cannot be pruned.
     """
 
     name: str
     supernet: Callable[..., nn.Module]
     network: Callable[..., nn.Module]
     genotype: type[Any]
-    derive: Callable[[Mapping[str, Tensor], Mapping[str, CellSpec]], Any]
+    derive: Callable[..., Any]
     genotypes: Mapping[str, Any]
     blocks: BlockRules | None = None
     options: type[SpaceOptions] = SpaceOptions
@@ -168,3 +171,4 @@ class Space:
     fields: tuple[str, ...] = ("C", "layers", "stem")
     network_fields: tuple[str, ...] = ("C", "layers", "stem", "auxiliary", "drop_path")
     features: frozenset[str] = frozenset({"partial_channels"})
+    one_hot: Callable[[Any, Mapping[str, CellSpec]], dict[str, CellWeights]] | None = None

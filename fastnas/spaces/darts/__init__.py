@@ -5,12 +5,21 @@ from __future__ import annotations
 
 from fastnas.spaces.base import Space
 from fastnas.spaces.darts.blocks import RULES, DartsShape
-from fastnas.spaces.darts.derive import derive
+from fastnas.spaces.darts.derive import derive, one_hot
 from fastnas.spaces.darts.genotype import GENOTYPES, Genotype
 from fastnas.spaces.darts.network import Network
 from fastnas.spaces.darts.supernet import Supernet
 
-__all__ = ["GENOTYPES", "SPACE", "DartsShape", "Genotype", "Network", "Supernet", "derive"]
+__all__ = [
+    "GENOTYPES",
+    "SPACE",
+    "DartsShape",
+    "Genotype",
+    "Network",
+    "Supernet",
+    "derive",
+    "one_hot",
+]
 
 SPACE = Space(
     name="darts",
@@ -20,4 +29,5 @@ SPACE = Space(
     derive=derive,
     genotypes=GENOTYPES,
     blocks=RULES,
+    one_hot=one_hot,
 )

@@ -117,10 +117,11 @@ def keys(genotype: Genotype, shape: DartsShape) -> tuple[str, ...]:
     pairs = {"normal": genotype.normal, "reduce": genotype.reduce}
     concats = {"normal": genotype.normal_concat, "reduce": genotype.reduce_concat}
     for kind in pairs:
-        if len(pairs[kind]) != EDGES_PER_NODE * STEPS or sorted(concats[kind]) != list(_CONCAT):
+        nodes = len(genotype.nodes(kind))
+        if nodes != STEPS or sorted(concats[kind]) != list(_CONCAT):
             raise ValueError(
                 f"genotype: expected {STEPS} nodes in the {kind} cell, all of them its output, but "
-                f"got {len(pairs[kind]) // EDGES_PER_NODE} and the output {concats[kind]}"
+                f"got {nodes} and the output {concats[kind]}"
             )
     found = [block.key for block in _ends(shape)]
     for cell in _cells(shape):

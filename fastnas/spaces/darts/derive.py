@@ -6,18 +6,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from fastnas.spaces.base import CellSpec
-from fastnas.spaces.darts.genotype import Genotype, Pair
+from fastnas.spaces.base import CellSpec, CellWeights
+from fastnas.spaces.darts.genotype import Genotype
+from fastnas.spaces.darts.reading import Pair
 
-__all__ = ["EDGES_PER_NODE", "derive"]
+__all__ = ["EDGES_PER_NODE", "derive", "one_hot"]
 
 EDGES_PER_NODE = 2
-"""Edges that every node keeps."""
+"""Edges that every node keeps where nothing else is said."""
+
+_KINDS = ("normal", "reduce")
 
 
-def derive(scores: Mapping[str, Tensor], specs: Mapping[str, CellSpec]) -> Genotype:
+def derive(
+    scores: Mapping[str, Tensor],
+    specs: Mapping[str, CellSpec],
+    edges: Mapping[str, Tensor] | None = None,
+) -> Genotype:
     """Keep, at each node, the two edges with the best candidate, and that candidate on each.
 
     ``none`` competes neither for an edge nor on it. Ties go to the lower source and the lower
@@ -27,21 +35,70 @@ def derive(scores: Mapping[str, Tensor], specs: Mapping[str, CellSpec]) -> Genot
         scores: for the kinds ``normal`` and ``reduce``, ``[E, K]``: softmax(alpha) in DARTS,
             softmax(alpha) times the edge's softmax(beta) in PC-DARTS. Any device and dtype.
         specs: the kinds' cells, as ``Supernet.cell_specs`` gives them.
+        edges: for each kind ``[E]``, bool: the edges that stay, at least one at each node, instead
+            of the two best.
 
     Raises:
-        ValueError: a kind is missing, a shape differs from its spec, or a score is NaN.
+        ValueError: a kind is missing, a shape differs from its spec, a score is NaN, or a node is
+            to keep no edge.
     """
     cells = {}
-    for kind in ("normal", "reduce"):
-        for name, mapping in (("scores", scores), ("specs", specs)):
-            if kind not in mapping:
+    for kind in _KINDS:
+        for name, mapping in (("scores", scores), ("specs", specs), ("edges", edges)):
+            if mapping is not None and kind not in mapping:
                 raise ValueError(f"{name}: the kind {kind!r} is missing, got {sorted(mapping)}")
-        cells[kind] = _derive_cell(kind, scores[kind], specs[kind])
+        stay = None if edges is None else _edges_that_stay(kind, edges[kind], specs[kind])
+        cells[kind] = _derive_cell(kind, scores[kind], specs[kind], stay)
     concat = {kind: tuple(range(2, 2 + len(specs[kind].inputs_per_node))) for kind in cells}
-    return Genotype(cells["normal"], concat["normal"], cells["reduce"], concat["reduce"])
+    return Genotype.from_nodes(cells["normal"], concat["normal"], cells["reduce"], concat["reduce"])
 
 
-def _derive_cell(kind: str, scores: Tensor, spec: CellSpec) -> tuple[Pair, ...]:
+def one_hot(genotype: Genotype, specs: Mapping[str, CellSpec]) -> dict[str, CellWeights]:
+    """The weights of the supernet that is pruned to a genotype.
+
+    Args:
+        genotype: the architecture. A pair that occurs twice in a node counts twice.
+        specs: the kinds' cells, as ``Supernet.cell_specs`` gives them.
+
+    Returns:
+        For each kind ``ops`` ``[E, K]`` and ``edges`` ``[E]``, float32 on the CPU.
+
+    Raises:
+        ValueError: the cells have other nodes, or no such candidate.
+    """
+    weights = {}
+    for kind in _KINDS:
+        spec, nodes = specs[kind], genotype.nodes(kind)
+        if len(nodes) != len(spec.inputs_per_node):
+            raise ValueError(
+                f"one_hot: expected a {kind} cell of {len(spec.inputs_per_node)} nodes, "
+                f"but got {len(nodes)}"
+            )
+        ops = torch.zeros(spec.edges, len(spec.primitives))
+        for rows, node in zip(spec.node_slices, nodes, strict=True):
+            for op, source in node:
+                if op not in spec.primitives:
+                    raise ValueError(
+                        f"one_hot: expected the candidates {', '.join(spec.primitives)}, "
+                        f"but got {op} in the {kind} cell"
+                    )
+                ops[rows.start + source, spec.primitives.index(op)] += 1
+        weights[kind] = CellWeights(ops, (ops.sum(1) > 0).float())
+    return weights
+
+
+def _edges_that_stay(kind: str, edges: Tensor, spec: CellSpec) -> list[bool]:
+    if tuple(edges.shape) != (spec.edges,):
+        raise ValueError(f"edges[{kind!r}]: shape {tuple(edges.shape)}, wanted {(spec.edges,)}")
+    stay = [bool(flag) for flag in edges.tolist()]
+    if not all(any(stay[rows]) for rows in spec.node_slices):
+        raise ValueError(f"edges[{kind!r}]: wanted at least one edge at each node, got {stay}")
+    return stay
+
+
+def _derive_cell(
+    kind: str, scores: Tensor, spec: CellSpec, stay: list[bool] | None
+) -> list[tuple[Pair, ...]]:
     wanted = (spec.edges, len(spec.primitives))
     if tuple(scores.shape) != wanted:
         raise ValueError(f"scores[{kind!r}]: shape {tuple(scores.shape)}, wanted {wanted}")
@@ -49,11 +106,15 @@ def _derive_cell(kind: str, scores: Tensor, spec: CellSpec) -> tuple[Pair, ...]:
     if any(math.isnan(score) for row in rows for score in row):
         raise ValueError(f"scores[{kind!r}]: contains NaN")
     columns = [k for k, name in enumerate(spec.primitives) if name != "none"]
-    pairs: list[Pair] = []
+    nodes = []
     for edges in spec.node_slices:
         # max() and sorted() keep the first of equals, which is the rule for ties.
         best = [max(columns, key=row.__getitem__) for row in rows[edges]]
         strength = [row[k] for row, k in zip(rows[edges], best, strict=True)]
-        kept = sorted(range(len(best)), key=lambda j: -strength[j])[:EDGES_PER_NODE]
-        pairs += [(spec.primitives[best[j]], j) for j in kept]
-    return tuple(pairs)
+        order = sorted(range(len(best)), key=lambda j: -strength[j])
+        if stay is None:
+            kept = order[:EDGES_PER_NODE]
+        else:
+            kept = [j for j in order if stay[edges.start + j]]
+        nodes.append(tuple((spec.primitives[best[j]], j) for j in kept))
+    return nodes

@@ -3,67 +3,127 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastnas.nn.candidates import candidate_names
+from fastnas.spaces.darts.reading import (
+    FIELDS,
+    MAX_TEXT,
+    Pair,
+    check_concat,
+    check_inputs,
+    check_keys,
+    check_length,
+    check_pairs,
+    flatten,
+    is_nested,
+    parse_call,
+    short,
+)
 
 __all__ = ["GENOTYPES", "Genotype"]
 
 _FORMAT = "fastnas.genotype"
-_VERSION = 1
+_VERSIONS = (1, 2)
+"""1: two pairs a node, in one list. 2: a list for every node."""
 _SPACE = "darts"
-_FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
-_MAX_TEXT = 100_000
-"""Characters of a genotype's text or file; a real one has about 600."""
-_MAX_NODES = 64
-
-Pair = tuple[str, int]
+_CELLS = ("normal", "reduce")
+Node = tuple[Pair, ...]
 
 
 @dataclass(frozen=True)
 class Genotype:
-    """A normal and a reduction cell, two (op, source) pairs per intermediate node.
+    """A normal and a reduction cell: for each intermediate node its (op, source) pairs.
 
     Sources are states: 0 and 1 are the outputs of the two cells before, 2, 3, ... the
-    intermediate nodes in order. Pairs 2i and 2i+1 belong to node i (state i + 2); of a derived
-    genotype the higher scored comes first.
+    intermediate nodes in order. The pairs stand node by node; of a derived genotype the higher
+    scored of a node comes first. A pair may occur twice in a node, and so may a source.
 
     Attributes:
         normal: pairs of the normal cell.
         normal_concat: states whose concatenation is the normal cell's output.
         reduce: pairs of the reduction cell.
         reduce_concat: states whose concatenation is the reduction cell's output.
+        normal_inputs: how many pairs each node of the normal cell has; if left out two each, as in
+            the papers.
+        reduce_inputs: the same of the reduction cell.
 
     Raises:
-        ValueError: an unknown operation, an odd number of pairs, a source that does not stand
-            before its node, a concatenation of other than intermediate nodes.
+        ValueError: an unknown operation, a number of pairs that is not that of the nodes, a node
+            without pairs, a source that does not stand before its node, a concatenation of other
+            than intermediate nodes.
     """
 
     normal: tuple[Pair, ...]
     normal_concat: tuple[int, ...]
     reduce: tuple[Pair, ...]
     reduce_concat: tuple[int, ...]
+    normal_inputs: tuple[int, ...] = ()
+    reduce_inputs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every entry and turn lists and ranges into tuples."""
-        for cell in ("normal", "reduce"):
-            pairs = _check_pairs(cell, getattr(self, cell))
-            concat = _check_concat(f"{cell}_concat", getattr(self, f"{cell}_concat"), len(pairs))
-            object.__setattr__(self, cell, pairs)
+        for cell in _CELLS:
+            pairs = getattr(self, cell)
+            inputs = check_inputs(cell, pairs, getattr(self, f"{cell}_inputs"))
+            object.__setattr__(self, f"{cell}_inputs", inputs)
+            object.__setattr__(self, cell, check_pairs(cell, pairs, inputs))
+            concat = check_concat(f"{cell}_concat", getattr(self, f"{cell}_concat"), len(inputs))
             object.__setattr__(self, f"{cell}_concat", concat)
 
+    @classmethod
+    def from_nodes(
+        cls,
+        normal: Sequence[Sequence[Pair]],
+        normal_concat: Sequence[int],
+        reduce: Sequence[Sequence[Pair]],
+        reduce_concat: Sequence[int],
+    ) -> Genotype:
+        """Build from a list of pairs for every node.
+
+        Raises:
+            ValueError: as the class.
+        """
+        cells = {"normal": normal, "reduce": reduce}
+        flat = {cell: flatten(cell, nodes) for cell, nodes in cells.items()}
+        return cls(
+            flat["normal"][0],
+            tuple(normal_concat),
+            flat["reduce"][0],
+            tuple(reduce_concat),
+            flat["normal"][1],
+            flat["reduce"][1],
+        )
+
+    def nodes(self, cell: str) -> tuple[Node, ...]:
+        """The pairs of the cell ``normal`` or ``reduce``, by intermediate node."""
+        pairs = iter(getattr(self, cell))
+        inputs = getattr(self, f"{cell}_inputs")
+        return tuple(tuple(next(pairs) for _ in range(count)) for count in inputs)
+
+    def _layout(self, cell: str) -> list[Any]:
+        """The pairs in one list where every node has two, as the papers have it; else by node."""
+        if self._version == 1:
+            return list(getattr(self, cell))
+        return [list(node) for node in self.nodes(cell)]
+
+    @property
+    def _version(self) -> int:
+        return 1 if set(self.normal_inputs + self.reduce_inputs) == {2} else 2
+
     def __str__(self) -> str:
-        """Return the text that DARTS and its relatives print; ``parse`` reads it back."""
+        """Return the text that DARTS and its relatives print; ``parse`` reads it back.
+
+        Where a node has other than two pairs each node's stand in a list of their own.
+        """
         parts = []
-        for field in _FIELDS:
-            value = getattr(self, field)
-            text = _concat_text(value) if field.endswith("_concat") else str(list(value))
+        for field in FIELDS:
+            concat = field.endswith("_concat")
+            text = _concat_text(getattr(self, field)) if concat else str(self._layout(field))
             parts.append(f"{field}={text}")
         return f"Genotype({', '.join(parts)})"
 
@@ -76,23 +136,29 @@ class Genotype:
         Raises:
             ValueError: the text is anything else, or the genotype is wrong.
         """
-        return cls(**_parse_call(text))
+        fields = parse_call(text)
+        return cls._from_fields(fields, any(map(is_nested, map(fields.get, _CELLS))))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain lists, strings and integers, format version 1."""
+        """Return plain lists, strings and integers.
+
+        Format version 1 where every node has two pairs, so that older readers understand what they
+        can; else version 2, in which each node has a list of its own.
+        """
+        cells = {c: json.loads(json.dumps(self._layout(c))) for c in _CELLS}
         return {
             "format": _FORMAT,
-            "version": _VERSION,
+            "version": self._version,
             "space": _SPACE,
-            "normal": [list(pair) for pair in self.normal],
+            "normal": cells["normal"],
             "normal_concat": list(self.normal_concat),
-            "reduce": [list(pair) for pair in self.reduce],
+            "reduce": cells["reduce"],
             "reduce_concat": list(self.reduce_concat),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Genotype:
-        """Build from what ``to_dict`` returned.
+        """Build from what ``to_dict`` returned, in format version 1 or 2.
 
         Raises:
             ValueError: another format, version or space, a missing or unknown key, or a wrong
@@ -100,12 +166,21 @@ class Genotype:
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"genotype: wanted a JSON object, got {type(data).__name__}")
-        for key, wanted in (("format", _FORMAT), ("version", _VERSION), ("space", _SPACE)):
+        for key, wanted in (("format", (_FORMAT,)), ("version", _VERSIONS), ("space", (_SPACE,))):
             found = data.get(key)
-            if found != wanted or isinstance(found, bool):
-                raise ValueError(f"genotype: {key} is {_short(found)}, wanted {wanted!r}")
-        _check_keys(set(data) - {"format", "version", "space"})
-        return cls(**{field: data[field] for field in _FIELDS})
+            if isinstance(found, bool) or found not in wanted:
+                choices = " or ".join(map(repr, wanted))
+                raise ValueError(f"genotype: {key} is {short(found)}, wanted {choices}")
+        check_keys(set(data) - {"format", "version", "space"})
+        return cls._from_fields(data, data["version"] == 2)
+
+    @classmethod
+    def _from_fields(cls, fields: Mapping[str, Any], nested: bool) -> Genotype:
+        values = {field: fields[field] for field in FIELDS}
+        if nested:
+            for cell in _CELLS:
+                values[cell], values[f"{cell}_inputs"] = flatten(cell, values[cell])
+        return cls(**values)
 
     def to_json(self) -> str:
         """Return ``to_dict`` as JSON text."""
@@ -118,7 +193,7 @@ class Genotype:
         Raises:
             ValueError: not JSON, too long, or not a genotype.
         """
-        _check_length(text)
+        check_length(text)
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -150,133 +225,17 @@ class Genotype:
         if not path.is_file():
             raise FileNotFoundError(f"genotype file {str(path)!r} does not exist")
         with path.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(_MAX_TEXT + 1)
+            text = file.read(MAX_TEXT + 1)
         try:
             return cls.from_json(text)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _check_length(text: object) -> None:
-    if not isinstance(text, str):
-        raise ValueError(f"genotype: wanted text, got {type(text).__name__}")
-    if len(text) > _MAX_TEXT:
-        raise ValueError(f"genotype: text of more than {_MAX_TEXT} characters")
-
-
-def _check_keys(keys: set[Any]) -> None:
-    missing = [field for field in _FIELDS if field not in keys]
-    if missing:
-        raise ValueError(f"genotype: {missing[0]} is missing")
-    unknown = sorted(str(key) for key in keys - set(_FIELDS))
-    if unknown:
-        raise ValueError(f"genotype: unknown field {_short(unknown[0])}")
-
-
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_pairs(cell: str, pairs: object) -> tuple[Pair, ...]:
-    if not isinstance(pairs, (list, tuple)):
-        raise ValueError(f"genotype: {cell} must be a list of (op, source) pairs")
-    if not pairs or len(pairs) % 2 or len(pairs) > 2 * _MAX_NODES:
-        raise ValueError(
-            f"genotype: {cell} has {len(pairs)} pairs, wanted two per node "
-            f"(an even number from 2 to {2 * _MAX_NODES})"
-        )
-    known = [name for name in candidate_names() if name != "none"]
-    checked: list[Pair] = []
-    for position, pair in enumerate(pairs):
-        where = f"{cell}[{position}]"
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError(f"genotype: {where} is {_short(pair)}, wanted (op, source)")
-        op, source = pair
-        if op not in known:
-            raise ValueError(
-                f"genotype: {where} has the unknown operation {_short(op)}, "
-                f"known are {', '.join(known)}"
-            )
-        state = position // 2 + 2
-        if not _is_index(source) or not 0 <= source < state:
-            raise ValueError(
-                f"genotype: {where} has source {_short(source)}, "
-                f"wanted an integer from 0 to {state - 1} (states before node {state})"
-            )
-        checked.append((op, source))
-    return tuple(checked)
-
-
-def _check_concat(name: str, concat: object, pairs: int) -> tuple[int, ...]:
-    last = pairs // 2 + 1
-    if not isinstance(concat, (list, tuple, range)) or not concat:
-        raise ValueError(f"genotype: {name} must be a non-empty list of states")
-    if len(concat) > last - 1 or len(set(map(repr, concat))) != len(concat):
-        raise ValueError(f"genotype: {name} is {_short(concat)}, wanted each state at most once")
-    for state in concat:
-        if not _is_index(state) or not 2 <= state <= last:
-            raise ValueError(
-                f"genotype: {name} has {_short(state)}, wanted states from 2 to {last}"
-            )
-    return tuple(concat)
-
-
 def _concat_text(concat: tuple[int, ...]) -> str:
     if concat == tuple(range(concat[0], concat[-1] + 1)):
         return f"range({concat[0]}, {concat[-1] + 1})"
     return str(list(concat))
-
-
-def _parse_call(text: str) -> dict[str, Any]:
-    _check_length(text)
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"genotype: not of the form Genotype(...): {_short(text)}") from None
-    if (
-        not isinstance(node, ast.Call)
-        or not isinstance(node.func, ast.Name)
-        or node.func.id != "Genotype"
-        or node.args
-    ):
-        raise ValueError(f"genotype: not of the form Genotype(name=value, ...): {_short(text)}")
-    names = [keyword.arg for keyword in node.keywords]
-    if None in names or len(set(names)) != len(names):
-        raise ValueError("genotype: each field must be given once, by name")
-    _check_keys(set(names))
-    return {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
-
-
-def _literal(node: ast.expr) -> str | int | list[object]:
-    """Return the value of a string, an integer, a list or tuple of these, or ``range(a, b)``."""
-    if isinstance(node, ast.Constant) and type(node.value) is str:
-        return node.value
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        if node.value > _MAX_TEXT:
-            raise ValueError("genotype: an integer is too large for a state")
-        return node.value
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [_literal(element) for element in node.elts]
-    if (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "range"
-        and not node.keywords
-        and len(node.args) == 2
-    ):
-        first, stop = (_literal(argument) for argument in node.args)
-        if isinstance(first, int) and isinstance(stop, int) and stop <= _MAX_NODES + 2:
-            return list(range(first, stop))
-        raise ValueError(f"genotype: range wants two integers up to {_MAX_NODES + 2}")
-    raise ValueError(
-        "genotype: only strings, integers, lists, tuples and range(a, b) are taken, "
-        f"found {type(node).__name__}"
-    )
 
 
 _SEP3, _SEP5 = "sep_conv_3x3", "sep_conv_5x5"

@@ -8,6 +8,9 @@ code, so that its state dicts load strictly.
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,20 +44,20 @@ def drop_path(x: Tensor, probability: float) -> Tensor:
 
 
 class Cell(nn.Module):
-    """A cell with two operations per node."""
+    """A cell of a genotype: a node is the sum of its operations' outputs, one or more."""
 
     def __init__(self, genotype: Genotype, plan: LayerPlan) -> None:
         """Build the normal or the reduction cell of ``genotype`` for the widths of ``plan``."""
         super().__init__()
         self.reduction = plan.reduction
-        pairs = genotype.reduce if plan.reduction else genotype.normal
+        nodes = genotype.nodes("reduce" if plan.reduction else "normal")
         self._concat = genotype.reduce_concat if plan.reduction else genotype.normal_concat
-        self._steps = len(pairs) // 2
-        self._indices = tuple(source for _, source in pairs)
+        self._sources = tuple(tuple(source for _, source in node) for node in nodes)
         self.preprocess0, self.preprocess1 = preprocess_layers(plan, affine=True)
         self._ops = nn.ModuleList(
             build_candidate(op, plan.C, 2 if plan.reduction and source < 2 else 1, affine=True)
-            for op, source in pairs
+            for node in nodes
+            for op, source in node
         )
 
     def forward(self, s0: Tensor, s1: Tensor, drop_probability: float = 0.0) -> Tensor:
@@ -64,15 +67,16 @@ class Cell(nn.Module):
         cut a path that costs nothing to keep.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        outputs = zip(self._ops, self._indices, strict=True)
-        for _ in range(self._steps):
+        ops = iter(self._ops)
+        for sources in self._sources:
             node = []
-            for op, source in (next(outputs), next(outputs)):
+            for source in sources:
+                op = next(ops)
                 h = op(states[source])
                 if drop_probability > 0.0 and not isinstance(op, nn.Identity):
                     h = drop_path(h, drop_probability)
                 node.append(h)
-            states.append(node[0] + node[1])
+            states.append(reduce(add, node))
         return torch.cat([states[i] for i in self._concat], dim=1)
 
 

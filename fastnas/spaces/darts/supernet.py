@@ -122,6 +122,7 @@ class Supernet(Stemmed):
         partial_channels: int = 1,
         stem: str = "cifar",
         primitives: Sequence[str] = DARTS_PRIMITIVES,
+        none: bool = True,
     ) -> None:
         """Build with PyTorch's default initialisation.
 
@@ -134,6 +135,7 @@ class Supernet(Stemmed):
                 ImageNet in the paper); 1 is DARTS.
             stem: ``cifar`` (image size kept) or ``imagenet`` (an eighth of it).
             primitives: candidates of every edge.
+            none: False leaves the candidate ``none`` out of them.
 
         Raises:
             ValueError: a number that is not positive, fewer than 3 layers, C not divisible by
@@ -156,7 +158,7 @@ class Supernet(Stemmed):
             raise ValueError(
                 f"C must be a multiple of partial_channels, got {C} and {partial_channels}"
             )
-        primitives = tuple(primitives)
+        primitives = tuple(name for name in primitives if none or name != "none")
         spec = CellSpec(tuple(range(2, 2 + STEPS)), primitives)
         self.cell_specs: dict[str, CellSpec] = {"normal": spec, "reduce": spec}
         plans = plan_layers(C, layers, STEM_MULTIPLIER * C, stem, (STEPS, STEPS))
