@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from search_tiny import config, images, registered
 
 from fastnas.data import Augment
 from fastnas.methods import METHODS, DartsOptions, PCDartsOptions
@@ -181,3 +182,21 @@ def test_more_threads_than_cores() -> None:
     cores = os.cpu_count()
     with pytest.raises(ValueError, match=f"threads: expected at most {cores}, .* got {cores + 1}"):
         Search(preset_config(threads=cores + 1, out=None), progress=Progress())
+
+
+def test_memory_of_a_space_that_knows_no_other() -> None:
+    assert SearchConfig(memory="low").to_dict()["memory"] == "low"
+    with registered(), pytest.raises(ValueError, match="memory: expected 'default' for the space"):
+        SearchConfig(space="tiny", memory="low")
+
+
+def test_a_search_with_less_memory_finds_the_same() -> None:
+    results = []
+    for memory in ("default", "low"):
+        fields = {"space": "darts", "epochs": 1, "memory": memory, "threads": 1}
+        search = Search(config(**fields), data=images(32))
+        low = [m for m in search.learner.supernet.modules() if getattr(m, "memory", "") == "low"]
+        assert len(low) == (3 if memory == "low" else 0)
+        search.run()
+        results.append(search.learner.arch.state_dict())
+    torch.testing.assert_close(results[1], results[0])

@@ -203,13 +203,22 @@ def _limited(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         raise LeftOut("its time can be limited in the main thread only")
 
+    expired = False
+
     def expire(number: int, frame: object) -> None:
+        nonlocal expired
+        expired = True
         raise _Expired
 
     before = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except Exception as error:
+        # In the making of a class, Python itself turns it into a RuntimeError.
+        if expired:
+            raise _Expired from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

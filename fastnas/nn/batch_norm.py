@@ -18,7 +18,6 @@ Whatever else comes is called as it is and enters the sum as a plain tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,6 +32,7 @@ __all__ = [
     "Form",
     "Route",
     "Tail",
+    "TwoHalves",
     "find_tail",
     "has_global_hook",
     "hook_tables",
@@ -123,7 +123,8 @@ def find_tail(module: nn.Module, forms: Mapping[type[nn.Module], Form] = FORMS) 
     if form == "op" and isinstance(op := module._modules.get("op"), nn.Module):
         return _extend(module, (), find_tail(op, forms))
     if form == "factorized_reduce" and _is_batch_norm(bn := module._modules.get("bn")):
-        return Tail((partial(_two_halves, module),), bn, (module, bn))  # type: ignore[arg-type]
+        relu: Any = module.relu
+        return Tail((relu, TwoHalves(module)), bn, (module, bn))  # type: ignore[arg-type]
     if _follows_protocol(type(module)):
         return _split_by_protocol(module)
     return None
@@ -153,15 +154,25 @@ def _is_plain_sequence(module: nn.Sequential) -> bool:
     return type(module).forward is nn.Sequential.forward and len(module) > 0
 
 
-def _two_halves(module: Any, x: Tensor) -> Tensor:
-    """What enters the BatchNorm of a factorized reduce: two strided halves, the second shifted."""
-    if x.shape[2] % 2 or x.shape[3] % 2:
-        raise ValueError(
-            "FactorizedReduce: height and width must be even, got "
-            f"{x.shape[2]}x{x.shape[3]}; pad or resize the images"
-        )
-    x = module.relu(x)
-    return torch.cat([module.conv_1(x), module.conv_2(x[:, :, 1:, 1:])], dim=1)
+class TwoHalves:
+    """What enters the BatchNorm of a factorized reduce, from the rectified state.
+
+    Two strided convolutions, the second of the image shifted by one pixel.
+    """
+
+    def __init__(self, module: Any) -> None:
+        """Take the factorized reduce; what it holds is read at every call."""
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, H, W)`` to ``(N, C', H / 2, W / 2)``."""
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            raise ValueError(
+                "FactorizedReduce: height and width must be even, got "
+                f"{x.shape[2]}x{x.shape[3]}; pad or resize the images"
+            )
+        module = self.module
+        return torch.cat([module.conv_1(x), module.conv_2(x[:, :, 1:, 1:])], dim=1)
 
 
 def _follows_protocol(cls: type[nn.Module]) -> bool:

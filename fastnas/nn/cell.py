@@ -14,20 +14,23 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnas import ops
-from fastnas.nn.batch_norm import has_global_hook, hook_tables
+from fastnas.nn.batch_norm import has_global_hook, hook_tables, make_route
 from fastnas.nn.mixed_op import MixedOp, select_weights
 from fastnas.nn.partial import PartialMixedOp
-from fastnas.nn.source import evaluate_source
+from fastnas.nn.recompute import Memory, Recompute, apply
+from fastnas.nn.repeat import Packed
+from fastnas.nn.source import call, evaluate_source
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-__all__ = ["joins_edges", "run_nodes"]
+__all__ = ["joins_edges", "run_alone", "run_nodes"]
+
+_HALVE = nn.MaxPool2d(2, 2)
 
 
 class _Arrival(NamedTuple):
@@ -77,6 +80,7 @@ def run_nodes(
     edges: Sequence[MixedOp],
     op_weights: Tensor,
     edge_weights: Tensor | None = None,
+    memory: Memory = "default",
 ) -> list[Tensor]:
     """Compute the nodes of a cell whose every node has an edge from every state before it.
 
@@ -85,6 +89,8 @@ def run_nodes(
         edges: mixed ops that ``joins_edges``, node by node and within a node by source.
         op_weights: ``[E, K]``, for each edge the weights of its candidates.
         edge_weights: ``[E]``, the factor of each edge in its node's sum; None for ones.
+        memory: ``low`` keeps less for the backward, which makes it again
+            (``fastnas.nn.recompute``); where that is not possible it has no effect.
 
     Returns:
         ``states`` and the nodes after them.
@@ -99,12 +105,14 @@ def run_nodes(
     elif k > 1:
         factors = op_weights.new_ones(len(edges))
     rows = op_weights.unbind(0)
+    again = Recompute() if memory == "low" and Recompute.is_possible() else None
     arrivals: list[list[_Arrival]] = [[] for _ in starts]
 
     def leave(source: int) -> None:
         nodes = range(max(source - inputs + 1, 0), len(starts))
         numbers = [starts[node] + source for node in nodes]
-        found = _leave(states[source], [edges[e] for e in numbers], [rows[e] for e in numbers], k)
+        leaving, weights = [edges[e] for e in numbers], [rows[e] for e in numbers]
+        found = _leave(states[source], leaving, weights, k, again)
         for node, arrival in zip(nodes, found, strict=True):
             arrivals[node].append(arrival)
 
@@ -114,10 +122,21 @@ def run_nodes(
         # An arrival is dropped here, so that nothing of it outlives its use.
         arrived, arrivals[node] = arrivals[node], []
         mine = None if factors is None else factors[start : start + len(arrived)]
-        states.append(_mix(arrived, mine, k))
+        states.append(_mix(arrived, mine, k, again))
         if node + 1 < len(starts):
             leave(inputs + node)
     return states
+
+
+def run_alone(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` with ``memory="low"``, where ``module`` ends in a BatchNorm."""
+    route = make_route(module).audible()
+    if route.norm is None or not Recompute.is_possible():
+        return module(x)
+    again = Recompute()
+    for layer in route.layers:
+        x = again.run(layer, x)
+    return route.norm(x)
 
 
 def _starts(inputs: int, count: int) -> list[int]:
@@ -129,9 +148,10 @@ def _starts(inputs: int, count: int) -> list[int]:
 
 
 def _leave(
-    x: Tensor, edges: Sequence[MixedOp], rows: Sequence[Tensor], k: int
+    x: Tensor, edges: Sequence[MixedOp], rows: Sequence[Tensor], k: int, again: Recompute | None
 ) -> Iterator[_Arrival]:
     """Run the candidates of all edges that leave ``x``."""
+    run = call if again is None else again.run
     for edge, row in zip(edges, rows, strict=True):
         edge._check(x, row)
     mixed, rest = x, None
@@ -139,16 +159,15 @@ def _leave(
         # One split gives autograd one concatenation; slices would cost it a padded gradient each.
         mixed, rest = x.split([x.shape[1] // k, x.shape[1] - x.shape[1] // k], 1)
     used = [[r for r in enumerate(edge._routes()) if not r[1].zero] for edge in edges]
-    outputs = evaluate_source(mixed, [[route.recipe for _, route in routes] for routes in used])
+    recipes = [[route.recipe for _, route in routes] for routes in used]
+    outputs = evaluate_source(mixed, recipes, run)
     bypass: dict[int, Tensor] = {}
     for edge, row, routes, xs in zip(edges, rows, used, outputs, strict=True):
         height = xs[0].shape[2]
         if rest is not None and height not in bypass:
             bypass[height] = (
                 # Once for all nodes, each of which would have to copy the slice.
-                rest.contiguous(memory_format=memory_format(x))
-                if height == x.shape[2]
-                else F.max_pool2d(rest, 2, 2)
+                run(Packed(memory_format(x)), rest) if height == x.shape[2] else run(_HALVE, rest)
             )
         everything = len(routes) == len(edge._ops)
         weights = row if everything else select_weights(row, [i for i, _ in routes])
@@ -160,15 +179,18 @@ def _leave(
         )
 
 
-def _mix(arrivals: Sequence[_Arrival], factors: Tensor | None, k: int) -> Tensor:
+def _mix(
+    arrivals: Sequence[_Arrival], factors: Tensor | None, k: int, again: Recompute | None
+) -> Tensor:
     """The sum over all that arrives at a node."""
+    run = apply if again is None else again.mix
     xs = [x for arrival in arrivals for x in arrival.xs]
     norms = [norm for arrival in arrivals for norm in arrival.norms]
     weights = torch.cat([arrival.weights for arrival in arrivals])
     if k == 1:
-        y = ops.mixed_batch_norm(xs, weights, norms)
+        y = run(ops.mixed_batch_norm, xs, weights, norms)
     else:
         assert factors is not None
-        rest = ops.mixed_sum([a.rest for a in arrivals if a.rest is not None], factors)
-        y = ops.partial_channel_mix(rest, xs, weights, k, norms)
+        rest = run(ops.mixed_sum, [a.rest for a in arrivals if a.rest is not None], factors)
+        y = run(ops.partial_channel_mix, rest, xs, weights, k, norms)
     return y.to(reduce(torch.promote_types, (a.dtype for a in arrivals), y.dtype))

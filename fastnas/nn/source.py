@@ -9,7 +9,7 @@ and pools that are set alike are one tensor. Everything else is called as it sta
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -63,17 +63,27 @@ def _modules(layers: Sequence[Layer]) -> tuple[nn.Module, ...]:
     return tuple(layer for layer in layers if isinstance(layer, nn.Module))
 
 
-def evaluate_source(x: Tensor, edges: Sequence[Sequence[Recipe]]) -> list[list[Tensor]]:
+def call(layer: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """``layer(x)``."""
+    return layer(x)
+
+
+def evaluate_source(
+    x: Tensor,
+    edges: Sequence[Sequence[Recipe]],
+    run: Callable[[Callable[[Tensor], Any], Tensor], Any] = call,
+) -> list[list[Tensor]]:
     """Run the candidates of all edges that leave one state.
 
     Args:
         x: the state, ``(N, C, H, W)``.
         edges: for each edge the recipes of its candidates.
+        run: how a layer is called (``fastnas.nn.recompute`` has another way).
 
     Returns:
         For each edge what its candidates return, in their order; some may be the same tensor.
     """
-    convolved = _convolve(x, edges) if _fuses_depthwise(x) else {}
+    convolved = _convolve(x, edges, run) if _fuses_depthwise(x) else {}
     shared: dict[Hashable, Tensor] = {}
     results = []
     for recipes in edges:
@@ -84,10 +94,10 @@ def evaluate_source(x: Tensor, edges: Sequence[Sequence[Recipe]]) -> list[list[T
                 h, layers = convolved[id(recipe)], recipe.after
             elif recipe.key is not None:
                 if recipe.key not in shared:
-                    shared[recipe.key] = layers[0](x)
+                    shared[recipe.key] = run(layers[0], x)
                 h, layers = shared[recipe.key], ()
             for layer in layers:
-                h = layer(h)
+                h = run(layer, h)
             outputs.append(h)
         results.append(outputs)
     return results
@@ -98,7 +108,11 @@ def _fuses_depthwise(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _convolve(x: Tensor, edges: Sequence[Sequence[Recipe]]) -> dict[int, Tensor]:
+def _convolve(
+    x: Tensor,
+    edges: Sequence[Sequence[Recipe]],
+    run: Callable[[Callable[[Tensor], Any], Tensor], Any],
+) -> dict[int, Tensor]:
     """What the leading convolutions of the recipes return, by identity of the recipe."""
     groups: dict[tuple[int, bool], list[Recipe]] = {}
     for recipes in edges:
@@ -107,18 +121,31 @@ def _convolve(x: Tensor, edges: Sequence[Sequence[Recipe]]) -> dict[int, Tensor]
                 key = conv.stride[0], recipe.pointwise is not None
                 groups.setdefault(key, []).append(recipe)
     outputs: dict[int, Tensor] = {}
-    for (stride, separable), group in groups.items():
+    for group in groups.values():
         for start in range(0, len(group), MAX_CANDIDATES):
             part = group[start : start + MAX_CANDIDATES]
-            convs = [recipe.depthwise for recipe in part if recipe.depthwise is not None]
-            weights, dilations = [c.weight for c in convs], [c.dilation[0] for c in convs]
-            if separable:
-                mixing = [recipe.pointwise.weight for recipe in part if recipe.pointwise]
-                ys = ops.separable_group(x, weights, mixing, dilations, stride)
-            else:
-                ys = ops.depthwise_group(x, weights, dilations, stride)
+            ys = run(SharedConvolutions(part), x)
             outputs.update((id(recipe), y) for recipe, y in zip(part, ys, strict=True))
     return outputs
+
+
+class SharedConvolutions:
+    """A ReLU and the convolutions behind it, all depthwise or all separable, as one fused call."""
+
+    def __init__(self, recipes: Sequence[Recipe]) -> None:
+        """Take what the modules hold now; the strides of all recipes are the same."""
+        convs = [recipe.depthwise for recipe in recipes if recipe.depthwise is not None]
+        self.weights = [conv.weight for conv in convs]
+        #: Empty without pointwise convolutions.
+        self.mixing = [recipe.pointwise.weight for recipe in recipes if recipe.pointwise]
+        self.dilations = [conv.dilation[0] for conv in convs]
+        self.stride = convs[0].stride[0]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Map ``(N, C, H, W)`` to what each recipe's convolutions return."""
+        if self.mixing:
+            return ops.separable_group(x, self.weights, self.mixing, self.dilations, self.stride)
+        return ops.depthwise_group(x, self.weights, self.dilations, self.stride)
 
 
 class NormConvolution:

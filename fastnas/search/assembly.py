@@ -111,11 +111,14 @@ def _check_classes(what: str, labels: Tensor, part: Tensor) -> None:
 def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Learner:
     """Supernet, method, architecture parameters and optimizers, newly initialised."""
     method_type = method_class(config.method)
+    # Not every space knows another way; one that does not was refused by the configuration.
+    memory = {} if config.memory == "default" else {"memory": config.memory}
     space = get_space(config.space)
     supernet: nn.Module = space.supernet(
         num_classes=data.num_classes,
         in_channels=data.channels,
         **network_arguments(config),
+        **memory,
         **method_type.supernet_options(config.options),
     )
     supernet.to(device)

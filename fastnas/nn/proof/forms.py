@@ -117,6 +117,8 @@ def _twins(candidate: nn.Module, form: Form, x: Tensor, random: Random) -> Itera
     def cut(x: Tensor, training: bool) -> Tensor:
         assert route.norm is not None
         route.candidate.train(training)
-        return route.norm(route.layers[0](x))
+        for layer in route.layers:
+            x = layer(x)
+        return route.norm(x)
 
     yield _Twin(twin, cut, True)

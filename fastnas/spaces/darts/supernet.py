@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.nn.candidates import DARTS_PRIMITIVES
-from fastnas.nn.cell import joins_edges, run_nodes
+from fastnas.nn.cell import joins_edges, run_alone, run_nodes
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.partial import PartialMixedOp
+from fastnas.nn.recompute import MEMORY, Memory
 from fastnas.ops import mixed_sum
 from fastnas.spaces.base import CellSpec, CellWeights
 from fastnas.spaces.darts.backbone import (
@@ -66,10 +67,15 @@ class Cell(nn.Module):
     """
 
     def __init__(
-        self, plan: LayerPlan, partial_channels: int, primitives: Sequence[str] = DARTS_PRIMITIVES
+        self,
+        plan: LayerPlan,
+        partial_channels: int,
+        primitives: Sequence[str] = DARTS_PRIMITIVES,
+        memory: Memory = "default",
     ) -> None:
         """Build for the widths of ``plan``; BatchNorms are not affine in search."""
         super().__init__()
+        self.memory = memory
         self.reduction = plan.reduction
         self._steps = STEPS
         self._multiplier = STEPS
@@ -82,10 +88,13 @@ class Cell(nn.Module):
 
     def forward(self, s0: Tensor, s1: Tensor, weights: CellWeights) -> Tensor:
         """Map the outputs of the two cells before to ``(N, 4 C, H', W')``."""
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        states = [
+            run_alone(layer, x) if self.memory == "low" else layer(x)
+            for layer, x in ((self.preprocess0, s0), (self.preprocess1, s1))
+        ]
         ops = list(self._ops)
         if joins_edges(ops):
-            states = run_nodes(states, ops, weights.ops, weights.edges)
+            states = run_nodes(states, ops, weights.ops, weights.edges, self.memory)
             return torch.cat(states[-self._multiplier :], dim=1)
         rows = weights.ops.unbind(0)
         start = 0
@@ -123,6 +132,7 @@ class Supernet(Stemmed):
         stem: str = "cifar",
         primitives: Sequence[str] = DARTS_PRIMITIVES,
         none: bool = True,
+        memory: Memory = "default",
     ) -> None:
         """Build with PyTorch's default initialisation.
 
@@ -136,10 +146,15 @@ class Supernet(Stemmed):
             stem: ``cifar`` (image size kept) or ``imagenet`` (an eighth of it).
             primitives: candidates of every edge.
             none: False leaves the candidate ``none`` out of them.
+            memory: ``low`` keeps less of a forward for its backward, which computes again what is
+                cheap (``fastnas.nn.recompute``): the same numbers from less memory in more time.
+                It has no effect where a compiler decides what is kept, under functional transforms,
+                and in cells whose mixed ops have to be called one by one (hooks on them, say).
 
         Raises:
             ValueError: a number that is not positive, fewer than 3 layers, C not divisible by
-                ``partial_channels``, odd C with the ``imagenet`` stem, unknown stem or candidate.
+                ``partial_channels``, odd C with the ``imagenet`` stem, unknown stem, candidate or
+                ``memory``.
         """
         check_positive(
             C=C,
@@ -148,6 +163,8 @@ class Supernet(Stemmed):
             in_channels=in_channels,
             partial_channels=partial_channels,
         )
+        if memory not in MEMORY:
+            raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
         super().__init__(stem, in_channels, C, STEM_MULTIPLIER, layers)
         if layers < 3:
             raise ValueError(
@@ -162,7 +179,9 @@ class Supernet(Stemmed):
         spec = CellSpec(tuple(range(2, 2 + STEPS)), primitives)
         self.cell_specs: dict[str, CellSpec] = {"normal": spec, "reduce": spec}
         plans = plan_layers(C, layers, STEM_MULTIPLIER * C, stem, (STEPS, STEPS))
-        self.cells = nn.ModuleList(Cell(plan, partial_channels, primitives) for plan in plans)
+        self.cells = nn.ModuleList(
+            Cell(plan, partial_channels, primitives, memory) for plan in plans
+        )
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(STEPS * plans[-1].C, num_classes)
 
