@@ -334,7 +334,7 @@ class Search(Resumable):
 
         train, val = batch(), batch()
         draw = None if config.epochs <= config.arch_warmup_epochs else lambda: val
-        moment = self._moment("weights")
+        moment = self.moment("weights")
         return lambda: learner.method.iteration(learner, train, draw, moment)
 
     def _lay_out(self, layout: torch.memory_format) -> None:
