@@ -247,12 +247,31 @@ def test_equal_forms_with_other_settings_are_judged_apart():
 def test_no_mixed_op_at_all():
     report = fastnas.accelerate(nn.Sequential(nn.Conv2d(3, 3, 1)))
     assert (report.swapped, report.left) == ((), ())
-    assert "found no mixed op but ours" in str(report)
+    assert "found no mixed op to swap" in str(report)
     assert fastnas.restore(nn.Sequential()) == 0
     with pytest.raises(TypeError, match=r"expected an nn.Module, but got list"):
         fastnas.accelerate([])
     with pytest.raises(TypeError, match=r"expected an nn.Module, but got list"):
         fastnas.restore([])
+
+
+class Body(nn.Module):
+    """A candidate whose layers have another name than the published code gives them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_the_report_tells_of_norms_that_were_not_found():
+    edge = stock.MixedOp(4, 1)
+    edge._ops[4] = Body()
+    lines = str(fastnas.accelerate(Edges(edge))).split("\n")
+    assert lines[1].startswith("  1 x MixedOp: 5 of 8 candidates with a fused BatchNorm; 1 keep")
+    assert lines[1].endswith("`op`")
 
 
 def test_the_report_is_readable():

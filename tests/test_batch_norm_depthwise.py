@@ -209,7 +209,7 @@ def test_under_autocast_as_a_convolution(device, tolerances):
         (torch.ones(2, 3, 4), nn.BatchNorm1d(3), [torch.ones(3, 1, 3, 3)], ValueError,
          ("x of shape (N, C, H, W)", "got [2, 3, 4]")),
         (torch.ones(2, 3, 4, 4), nn.BatchNorm2d(4), [torch.ones(3, 1, 3, 3)], ValueError,
-         ("norms[0].weight of shape [3]", "got [4]")),
+         ("norm.weight of shape [3]", "got [4]")),
         (torch.ones(2, 3, 4, 4), nn.InstanceNorm2d(3), [torch.ones(3, 1, 3, 3)], TypeError,
          ("BatchNorm", "InstanceNorm2d")),
         (torch.ones(2, 3, 4, 4), nn.BatchNorm2d(3), [torch.ones(3, 1, 2, 2)], ValueError,

@@ -89,6 +89,16 @@ def test_under_autocast(k):
     assert error < 3e-2
 
 
+def test_edges_that_change_their_input_in_place_are_called_in_order():
+    cell, channels = make_cell()
+    for edge in cell._ops:
+        edge._ops[4].op[0].inplace = True
+        edge.train()
+    assert not joins_edges(list(cell._ops))
+    cell._ops[3]._ops[4].op[0].inplace = False
+    assert not joins_edges(list(cell._ops))
+
+
 class Calls(TorchDispatchMode):
     def __init__(self):
         super().__init__()

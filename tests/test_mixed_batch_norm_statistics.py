@@ -160,3 +160,34 @@ def test_one_value_per_channel_is_refused_in_training(norm, device):
     for name, buffer in norm.named_buffers():
         assert buffer.equal(before[name]), name
     assert mixed_batch_norm([x], [1.0], [nn.BatchNorm2d(3).to(device).eval()]).shape == x.shape
+
+
+#: Of tasks with thousands of images, with a few, and with part of one; rows of channels.
+UNLIKE = [(8192, 1, 1, 2), (1024, 4, 2, 2), (83, 4, 7, 7), (2, 2, 90, 97), (64, 16, 3, 3)]
+
+
+@pytest.mark.parametrize("value", [1234.567, 3.7, 3e5])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("shape", UNLIKE, ids=lambda s: "_".join(map(str, s)))
+def test_statistics_of_data_whose_start_is_unlike_the_rest(shape, layout, value, device):
+    """Deviations are taken from the mean of the first values; no choice of them may cancel."""
+    for noise in (0.0, 1.0):
+        x = noise * cases.draw(shape, 3)
+        x[0, :, :1] += value
+        x = cases.laid_out(x.float(), layout).to(device)
+        norm = nn.BatchNorm2d(shape[1], momentum=1.0).to(device)
+        y = mixed_batch_norm([x], [1.0], [norm])
+        assert y.isfinite().all()
+        var, mean = torch.var_mean(x.double(), dim=(0, 2, 3))
+        torch.testing.assert_close(norm.running_var.double(), var, rtol=1e-5, atol=0)
+        assert ((norm.running_mean.double() - mean).abs() <= 3e-6 * var.sqrt()).all()
+
+
+@pytest.mark.parametrize("position", [0, -1])
+def test_infinity_does_not_depend_on_where_it_is(position, device):
+    x = cases.draw((4, 3, 20, 20), 4).float().to(device)
+    x[0 if position == 0 else 3, 1, position, position] = torch.inf
+    norm, theirs = (nn.BatchNorm2d(3).to(device) for _ in range(2))
+    mixed_batch_norm([x], [1.0], [norm])
+    theirs(x)
+    torch.testing.assert_close(norm.running_mean, theirs.running_mean, equal_nan=True)

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <vector>
 
@@ -238,13 +239,18 @@ class Mix {
       for (int64_t l = 0; l < period_; ++l) out[c] += acc[c * tile + l];
   }
 
-  // How many of the first values of a task's channels (columns: elements) stand for all. A sixteenth: whatever the others
-  // are, the mean of the sample lies within four standard deviations of theirs, so that nothing cancels.
-  int64_t sample_of(const Range& r) const {
-    if (!layout_.columns)
-      return std::min(layout_.S, std::max<int64_t>((r.n1 - r.n0) * layout_.S / 16, 1));
+  // The first values of a task that stand for all of them: so many of so many images (columns: elements of one piece).
+  // A sixteenth: whatever the others are, the mean of the sample lies within four standard deviations of theirs, so
+  // that nothing cancels.
+  struct Sample {
+    int64_t images, values;
+  };
+  Sample sample_of(const Range& r) const {
     const int64_t n = r.n1 - r.n0;
-    return n <= period_ ? n : std::max<int64_t>(n / 16 / period_, 1) * period_;
+    if (layout_.columns)
+      return {1, n <= period_ ? n : std::max<int64_t>(n / 16 / period_, 1) * period_};
+    if (n > 16) return {(n + 15) / 16, layout_.S};
+    return {1, std::min(layout_.S, std::max<int64_t>(n * layout_.S / 16, 1))};
   }
 
   // out[0 .. width): means of the task's channels; out[width ..): their sums of squared deviations.
@@ -253,17 +259,19 @@ class Mix {
     const int64_t size = period_ * tiles();
     std::vector<acc_t> acc(size * 3);
     acc_t *centre = acc.data(), *first = centre + size, *second = first + size;
-    const int64_t sample = sample_of(r);
+    const Sample sample = sample_of(r);
     pieces(task, false, [&](int64_t begin, int64_t n, int64_t c, int64_t slice) {
-      if (slice > (layout_.columns ? 0 : r.n0)) return;
-      kernels_.sums(x + begin, std::min(n, sample),
+      if (!layout_.columns && slice >= r.n0 + sample.images) return;
+      kernels_.sums(x + begin, std::min(n, sample.values),
                     first + (layout_.columns ? 0 : (c - r.c0) * period_), period_);
     });
     std::vector<double> total(width_), squares(width_);
     fold(first, period_, total.data());
     for (int64_t i = 0; i < size; ++i) {
       const int64_t c = layout_.columns ? i % layout_.C : i / period_;
-      centre[i] = static_cast<acc_t>(total[c] * (layout_.columns ? layout_.C : 1) / sample);
+      const double mean = total[c] * (layout_.columns ? layout_.C : 1) /
+                          static_cast<double>(sample.images * sample.values);
+      centre[i] = std::isfinite(mean) ? static_cast<acc_t>(mean) : acc_t{};
       first[i] = 0;
     }
     pieces(task, false, [&](int64_t begin, int64_t n, int64_t c, int64_t) {
@@ -277,7 +285,8 @@ class Mix {
       // What is left between the centre and the mean is put right by the sum of the deviations.
       const double off = total[c] / r.values;
       out[c] = centre[layout_.columns ? c : c * period_] + off;
-      out[width_ + c] = squares[c] - off * total[c];
+      const double squared = squares[c] - off * total[c];
+      out[width_ + c] = squared < 0 ? 0 : squared;  // NaN stays
     }
   }
 

@@ -44,12 +44,14 @@ class Swapped:
         kind: ``MixedOp`` or ``PartialMixedOp``.
         fused: how many of its candidates end in a BatchNorm that is fused with the sum.
         candidates: how many there are.
+        apart: how many of them have a BatchNorm, none of which is fused.
     """
 
     name: str
     kind: str
     fused: int
     candidates: int
+    apart: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,19 @@ class Report:
     def __str__(self) -> str:
         if not self.swapped and not self.left:
             return (
-                "accelerate: found no mixed op but ours, that is, no other module with a "
-                "ModuleList `_ops` and a forward(x, weights)"
+                "accelerate: found no mixed op to swap, that is, no module with a ModuleList "
+                "named `_ops` and a forward(x, weights) that is not one of ours already"
             )
         lines = [f"accelerate: {len(self.swapped)} mixed ops swapped, {len(self.left)} left"]
-        kinds = Counter((s.kind, s.fused, s.candidates) for s in self.swapped)
-        lines += [
-            f"  {count} x {kind}: {fused} of {candidates} candidates with a fused BatchNorm"
-            for (kind, fused, candidates), count in kinds.items()
-        ]
+        kinds = Counter((s.kind, s.fused, s.candidates, s.apart) for s in self.swapped)
+        for (kind, fused, candidates, apart), count in kinds.items():
+            line = f"  {count} x {kind}: {fused} of {candidates} candidates with a fused BatchNorm"
+            if apart:
+                line += (
+                    f"; {apart} keep theirs: it is found at the end of a Sequential, or of a "
+                    "module's Sequential `op`"
+                )
+            lines.append(line)
         reasons: dict[tuple[str, float | None], list[str]] = {}
         for item in self.left:
             reasons.setdefault((item.reason, item.difference), []).append(item.name)
@@ -165,8 +171,10 @@ def accelerate(model: nn.Module) -> Report:
             continue
         ours = _build(module, verdict)
         replacements[id(module)] = ours
-        fused = sum(route.norm is not None for route in ours._plan.routes)
-        swapped.append(Swapped(name, type(ours).__name__, fused, len(ours._ops)))
+        routes = ours._plan.routes
+        fused = sum(route.norm is not None for route in routes)
+        apart = sum(route.norm is None and _normalises(route.candidate) for route in routes)
+        swapped.append(Swapped(name, type(ours).__name__, fused, len(ours._ops), apart))
     for parent, child_name, child in _children(model):
         if id(child) in replacements:
             parent._modules[child_name] = replacements[id(child)]
@@ -315,3 +323,7 @@ def _hand_over(ours: nn.Module, original: nn.Module) -> None:
     kept = {name: value for name, value in vars(ours).items() if name not in own}
     kept["_modules"] = {name: ours._modules[name] for name in original._modules}
     vars(original).update(kept)
+
+
+def _normalises(candidate: nn.Module) -> bool:
+    return any(isinstance(m, nn.BatchNorm2d) for m in candidate.modules())

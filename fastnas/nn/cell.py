@@ -68,7 +68,9 @@ def _kind(edge: nn.Module) -> int | None:
     assert isinstance(edge, MixedOp)
     if edge.skip_zero or any(map(bool, hook_tables(edge))):
         return None
-    if all(route.zero for route in edge._routes()):
+    routes = edge._routes()
+    # What changes its input in place, later candidates see; here they would see it earlier or not.
+    if all(r.zero for r in routes) or any(getattr(r.layers[0], "inplace", False) for r in routes):
         return None
     if not isinstance(edge, PartialMixedOp):
         return 1

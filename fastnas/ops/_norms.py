@@ -66,28 +66,39 @@ def _tensors(norm: Norm) -> tuple[Tensor | None, ...]:
 _NAMES = ("weight", "bias", "running_mean", "running_var")
 
 
-def _check_class(op: str, k: int, norm: Norm) -> None:
+def _check_class(op: str, name: str, norm: Norm) -> None:
     """Raise for a module that normalises in another way than BatchNorm, or is not ready to."""
     if not isinstance(norm, nn.Module):
+        if not hasattr(norm, "running_mean"):
+            raise TypeError(
+                f"{op}: expected {name} to be None or a BatchNorm, but got {type(norm).__name__}"
+            )
         return  # an object with the attributes of one
     batch_norm = nn.modules.batchnorm._BatchNorm
     is_one = isinstance(norm, batch_norm) and not isinstance(norm, nn.SyncBatchNorm)
     if not is_one or type(norm).forward is not batch_norm.forward:
         raise TypeError(
-            f"{op}: expected norms[{k}] to be None or a BatchNorm with the forward of torch's, but "
+            f"{op}: expected {name} to be None or a BatchNorm with the forward of torch's, but "
             f"got {type(norm).__name__}; call it yourself and pass None in its place"
         )
     if isinstance(norm, nn.modules.lazy.LazyModuleMixin) and norm.has_uninitialized_params():
         raise ValueError(
-            f"{op}: expected norms[{k}] with parameters, but got a {type(norm).__name__} that has "
+            f"{op}: expected {name} with parameters, but got a {type(norm).__name__} that has "
             f"seen no input yet"
         )
 
 
 def gather_norms(
-    op: str, xs: Sequence[Tensor], norms: Sequence[Norm | None], training: bool | None
+    op: str,
+    xs: Sequence[Tensor],
+    norms: Sequence[Norm | None],
+    training: bool | None,
+    only: str | None = None,
 ) -> NormArguments:
-    """Read ``norms`` as ``BatchNorm2d.forward`` would: what each uses, which are to be updated."""
+    """Read ``norms`` as ``BatchNorm2d.forward`` would: what each uses, which are to be updated.
+
+    ``only`` is the name of the argument where the op takes one norm.
+    """
     if len(norms) != len(xs):
         raise ValueError(
             f"{op}: expected one norm (or None) per input, "
@@ -105,19 +116,20 @@ def gather_norms(
             eps.append(0.0)
             affine.append(False)
             continue
-        train = norm.training if training is None else training
+        label = only or f"norms[{k}]"
         if type(norm) not in _TORCH_NORMS:
-            _check_class(op, k, norm)
+            _check_class(op, label, norm)
+        train = norm.training if training is None else training
         weight, bias, mean, var, counter = tensors = _tensors(norm)
         for name, t in zip(_NAMES, tensors, strict=False):
             if t is not None and (t.shape != shape or t.device != device):
                 raise ValueError(
-                    f"{op}: expected norms[{k}].{name} of shape [{channels}] on {device} like the "
+                    f"{op}: expected {label}.{name} of shape [{channels}] on {device} like the "
                     f"inputs' channels, but got {list(t.shape)} on {t.device}"
                 )
         if (mean is None) != (var is None):
             raise ValueError(
-                f"{op}: expected norms[{k}] with running_mean and running_var or without both, "
+                f"{op}: expected {label} with running_mean and running_var or without both, "
                 f"but got one of them"
             )
         if train or mean is None or var is None:

@@ -59,7 +59,7 @@ def batch_norm_depthwise(
         TypeError: ``x`` or a weight is not a floating-point tensor, or ``norm`` no BatchNorm.
     """
     check_depthwise(_OP, x, weights, dilations, stride)
-    n = gather_norms(_OP, [x], [norm], training)
+    n = gather_norms(_OP, [x], [norm], training, "norm")
     arguments = [(items[0] if items else None) for items in n[3:7]]
     *ys, mean, var = BatchNormDepthwise.apply(
         n.kinds[0], n.eps[0], list(dilations), stride, x, *arguments, *weights

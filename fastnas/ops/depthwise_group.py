@@ -82,10 +82,12 @@ def check_depthwise(
     ``name`` is what the op calls its weights.
     """
     for argument, values in ((name, weights), ("dilations", dilations)):
-        if isinstance(values, (Tensor, int)):
+        if not isinstance(values, (list, tuple)):
             raise TypeError(
                 f"{op}: expected {argument} to be a list, but got {type(values).__name__}"
             )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected x to be a tensor, but got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{op}: expected x to be floating-point, but got {x.dtype}")
     if x.dim() != 4:
@@ -121,6 +123,10 @@ def check_depthwise(
             )
         if w.device != x.device:
             raise ValueError(f"{op}: expected {name}[{i}] on {x.device} like x, but got {w.device}")
+        if not isinstance(dilations[i], int):
+            raise TypeError(
+                f"{op}: expected dilations to be integers, but dilations[{i}] is {dilations[i]!r}"
+            )
         if not 1 <= dilations[i] <= MAX_DILATION:
             raise ValueError(
                 f"{op}: expected dilations of 1 to 2^20, but dilations[{i}] is {dilations[i]}"

@@ -72,7 +72,7 @@ def separable_group(
     kind, eps, updates = PLAIN, 0.0, None
     arguments: list[Tensor | None] = [None] * 4
     if norm is not None:
-        n = gather_norms(_OP, [x], [norm], training)
+        n = gather_norms(_OP, [x], [norm], training, "norm")
         kind, eps, updates = n.kinds[0], n.eps[0], n.updates
         arguments = [(items[0] if items else None) for items in n[3:7]]
     elif x.dtype != dtype:
@@ -87,8 +87,10 @@ def separable_group(
 
 
 def _check_pointwise(x: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor]) -> None:
-    if isinstance(pointwise, Tensor):
-        raise TypeError(f"{_OP}: expected pointwise to be a list, but got Tensor")
+    if not isinstance(pointwise, (list, tuple)):
+        raise TypeError(
+            f"{_OP}: expected pointwise to be a list, but got {type(pointwise).__name__}"
+        )
     if len(pointwise) != len(depthwise):
         raise ValueError(
             f"{_OP}: expected one pointwise weight per depthwise one, but got {len(depthwise)} "
