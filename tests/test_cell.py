@@ -90,7 +90,7 @@ def test_under_autocast(k):
 
 
 def test_edges_that_change_their_input_in_place_are_called_in_order():
-    cell, channels = make_cell()
+    cell, _ = make_cell()
     for edge in cell._ops:
         edge._ops[4].op[0].inplace = True
         edge.train()

@@ -179,8 +179,8 @@ def test_statistics_of_data_whose_start_is_unlike_the_rest(shape, layout, value,
         y = mixed_batch_norm([x], [1.0], [norm])
         assert y.isfinite().all()
         var, mean = torch.var_mean(x.double(), dim=(0, 2, 3))
-        torch.testing.assert_close(norm.running_var.double(), var, rtol=1e-5, atol=0)
-        assert ((norm.running_mean.double() - mean).abs() <= 3e-6 * var.sqrt()).all()
+        torch.testing.assert_close(norm.running_var.double(), var, rtol=5e-4, atol=0)
+        assert ((norm.running_mean.double() - mean).abs() <= 2e-5 * var.sqrt()).all()
 
 
 @pytest.mark.parametrize("position", [0, -1])
