@@ -16,6 +16,8 @@ from fastnas.bench.machine import Machine
 from fastnas.bench.work import step_work
 from fastnas.cli import main
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SMALL = {"channels": 8, "layers": 3, "batch_size": 4, "image_size": 16, "seconds": 0.0}
 WORDS = ["bench", "--device", "cpu"]

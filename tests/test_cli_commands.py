@@ -136,7 +136,8 @@ def test_signal_saves_and_says_how_to_go_on(folder, capsys, number):
     [
         (
             ["frob"],
-            "expected a command (search, eval, gap, genotypes, latency, info), but got 'frob'",
+            "expected a command (search, eval, gap, genotypes, latency, bench, info), "
+            "but got 'frob'",
         ),
         (["search", "--preset", "big"], "preset: expected one of demo, cifar10, imagenet"),
         (

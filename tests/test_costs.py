@@ -186,8 +186,8 @@ def test_expected_cost_is_the_mean_over_random_architectures():
     assert error < 0.01 * expected
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_can_take_it_into_its_loss(method):
+@pytest.mark.parametrize("method", ["darts", "pc_darts"])  # whose weights are softmax(alpha)
+def test_methods_can_take_it_into_their_loss(method):
     cost = Cost.counted("macs", PLAN)
     specs = Supernet(C=4, layers=3).cell_specs
     method = METHODS[method](specs)

@@ -19,6 +19,8 @@ from fastnas.methods.base import Moment
 from fastnas.methods.learner import Learner
 from fastnas.spaces.darts import Supernet
 
+pytestmark = pytest.mark.slow
+
 STEPS, BATCH, CLASSES = 30, 8, 5
 K = {"darts": 1, "pc_darts": 2}
 NAMES = ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce")
