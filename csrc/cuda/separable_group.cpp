@@ -89,7 +89,7 @@ struct Composition {
         continue;
       }
       auto [dh, dw, db] =
-          at::convolution_backward(g, hs[i], pointwise[i].to(g.scalar_type()), c10::nullopt, {1, 1},
+          at::convolution_backward(g, hs[i], pointwise[i].to(g.scalar_type()), std::nullopt, {1, 1},
                                    {0, 0}, {1, 1}, false, {0, 0}, 1, {need_h, need, false});
       // A gradient that nobody needs stands in the list all the same.
       dhs.push_back(need_h ? dh.to(g.scalar_type()) : g);
