@@ -15,15 +15,18 @@ from cases import BOTH, Call, Case, Setting
 
 from fastnas.bench.stock import StockSupernet
 from fastnas.methods import METHODS, Moment
+from fastnas.nn.recompute import MEMORY, Memory
 from fastnas.spaces.darts import Supernet
 
 
-def build(implementation: str, setting: Setting, method: str, k: int) -> Call:
+def build(
+    implementation: str, setting: Setting, method: str, k: int, memory: Memory = "default"
+) -> Call:
     # The same in the same order for all, so that all get the same numbers.
     x, stock, ours = (
         setting.image(),
         StockSupernet(partial_channels=k),
-        Supernet(partial_channels=k),
+        Supernet(partial_channels=k, memory=memory),
     )
     chosen = METHODS[method](ours.cell_specs)
     arch = chosen.parameters().to(setting.device)
@@ -46,12 +49,14 @@ CASES = [
     Case(
         op,
         (16, 3, 32, 32),
-        functools.partial(build, method=method, k=k),
+        functools.partial(build, method=method, k=k, memory=memory),
         modes=(BOTH,),
         compiled=False,
         amplification=25,
+        note="" if memory == "default" else "low memory",
     )
     for op, method, k in (("DARTS supernet", "darts", 1), ("PC-DARTS supernet", "pc_darts", 4))
+    for memory in MEMORY
 ]
 
 

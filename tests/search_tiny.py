@@ -165,5 +165,41 @@ def main() -> None:
         Search(config(**fields), data=images(int(sys.argv[2])), progress=Announce()).run()
 
 
+QUIET = Progress()
+
+
+def run(settings: SearchConfig, **kwargs: object) -> Search:
+    """A finished search on the tiny images, silent unless told otherwise."""
+    search = Search(settings, data=images(), **{"progress": QUIET, **kwargs})
+    search.run()
+    return search
+
+
+class Recorder(Progress):
+    """Keeps what it is told, in short."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def start(self, search: Search) -> None:
+        self.events.append(f"start {search.epoch}.{search.step}")
+
+    def step(self, report) -> None:
+        self.events.append(
+            f"{report.phase} {report.epoch}/{report.epochs} {report.step}/{report.steps}"
+        )
+        assert report.loss > 0
+        assert report.seconds_left >= 0
+
+    def epoch(self, record, genotype) -> None:
+        self.events.append(f"epoch {record['epoch']}")
+
+    def end(self, result) -> None:
+        self.events.append("end")
+
+    def stop(self, reason: BaseException) -> None:
+        self.events.append(f"stop {type(reason).__name__}")
+
+
 if __name__ == "__main__":
     main()

@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import ops_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_cases import assert_all_near, assert_bitwise, assert_layout, assert_near, raises
+from ops_cases import assert_bitwise, assert_layout, assert_near, raises
+from source_cases import EDGE, NORMS, ONE, check_against_torch, make_norm
 from torch import nn
 
 from fastnas.ops import batch_norm_depthwise
-
-ONE = ((3, 1),)
-EDGE = ((3, 1), (5, 1), (3, 2), (5, 2))
 
 SHAPES = (
     (2, 1, 1, 2),
@@ -28,24 +24,6 @@ SHAPES = (
     (1, 3, 97, 90),
     (0, 3, 4, 4),
 )
-NORMS = ("plain", "affine", "evaluation", "affine evaluation", "no statistics", "average")
-
-
-def make_norm(kind, channels, device="cpu"):
-    norm = nn.BatchNorm2d(
-        channels,
-        eps=1e-3,
-        momentum=None if kind == "average" else 0.3,
-        affine="affine" in kind,
-        track_running_stats=kind != "no statistics",
-    )
-    with torch.no_grad():
-        for i, t in enumerate((norm.weight, norm.bias, norm.running_mean)):
-            if t is not None:
-                t.copy_(cases.draw((channels,), 70 + i))
-        if norm.running_var is not None:
-            norm.running_var.copy_(cases.draw((channels,), 73).abs() + 0.5)
-    return norm.train("evaluation" not in kind).to(device)
 
 
 def make_case(shape, group=ONE, dtype=torch.float32, layout="contiguous", device="cpu"):
@@ -65,30 +43,6 @@ def stock(x, norm, weights, dilations, stride):
     ]
 
 
-def check_against_torch(x, norm, weights, dilations, stride, tolerances):
-    twin = copy.deepcopy(norm).double()
-    ys = batch_norm_depthwise(x, norm, weights, dilations, stride)
-    grads = [cases.like_output(y, 50 + i) for i, y in enumerate(ys)]
-    leaves = [x, *weights, *norm.parameters()]
-    actual = torch.autograd.grad(ys, leaves, grads)
-    exact, *exact_weights = cases.in_double([x, *weights])
-    exact_leaves = [exact, *exact_weights, *twin.parameters()]
-    if x.numel():
-        expected = stock(exact, twin, exact_weights, dilations, stride)
-        wide = [g.double() for g in grads]
-        expected_grads = torch.autograd.grad(expected, exact_leaves, wide)
-        assert_all_near(ys, expected, tolerances, [f"y[{i}]" for i in range(len(ys))])
-        cases.assert_buffers_near([norm], [twin], tolerances)
-    else:
-        expected_grads = [torch.zeros_like(t) for t in exact_leaves]
-    names = ["dx", *(f"dw[{i}]" for i in range(len(weights))), "dgamma", "dbeta"]
-    # The gradient of what the ReLU saw is rounded to the dtype of x before anything sums it.
-    rounded = {t: max(tolerances[t], tolerances[x.dtype]) for t in tolerances}
-    assert_all_near(actual, expected_grads, rounded, names[: len(actual)])
-    assert [t.dtype for t in actual] == [t.dtype for t in leaves]
-    return ys, actual
-
-
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "_".join(map(str, s)))
@@ -96,7 +50,9 @@ def check_against_torch(x, norm, weights, dilations, stride, tolerances):
 def test_matches_torch_and_keeps_the_format(layout, shape, stride, kind, device, tolerances):
     x, weights, dilations = make_case(shape, layout=layout, device=device)
     norm = make_norm(kind, shape[1], device)
-    ys, (dx, *_) = check_against_torch(x, norm, weights, dilations, stride, tolerances)
+    ys, (dx, *_) = check_against_torch(
+        batch_norm_depthwise, stock, x, norm, weights, dilations, stride, tolerances
+    )
     for t in (*ys, dx):
         if t.numel() and shape[1] > 1:  # tensors of one channel are of both formats
             assert_layout(t, layout)
@@ -108,13 +64,22 @@ def test_matches_torch_and_keeps_the_format(layout, shape, stride, kind, device,
 def test_several_convolutions_in_every_dtype(dtype, layout, kind, device, tolerances):
     x, weights, dilations = make_case((2, 5, 9, 8), EDGE, dtype, layout, device)
     norm = make_norm(kind, 5, device)
-    check_against_torch(x, norm, weights, dilations, 1, tolerances)
+    check_against_torch(batch_norm_depthwise, stock, x, norm, weights, dilations, 1, tolerances)
 
 
 @pytest.mark.parametrize("layout", cases.VIEWS)
 def test_any_view(layout, device, tolerances):
     x, weights, dilations = make_case((2, 6, 7, 5), layout=layout, device=device)
-    check_against_torch(x, make_norm("plain", 6, device), weights, dilations, 1, tolerances)
+    check_against_torch(
+        batch_norm_depthwise,
+        stock,
+        x,
+        make_norm("plain", 6, device),
+        weights,
+        dilations,
+        1,
+        tolerances,
+    )
 
 
 @pytest.mark.parametrize("kind", ["affine", "affine evaluation"])
@@ -210,6 +175,8 @@ def test_under_autocast_as_a_convolution(device, tolerances):
          ("x of shape (N, C, H, W)", "got [2, 3, 4]")),
         (torch.ones(2, 3, 4, 4), nn.BatchNorm2d(4), [torch.ones(3, 1, 3, 3)], ValueError,
          ("norm.weight of shape [3]", "got [4]")),
+        (torch.ones(2, 3, 4, 4), None, [torch.ones(3, 1, 3, 3)], TypeError,
+         ("norm to be a BatchNorm", "got None")),
         (torch.ones(2, 3, 4, 4), nn.InstanceNorm2d(3), [torch.ones(3, 1, 3, 3)], TypeError,
          ("BatchNorm", "InstanceNorm2d")),
         (torch.ones(2, 3, 4, 4), nn.BatchNorm2d(3), [torch.ones(3, 1, 2, 2)], ValueError,

@@ -95,8 +95,19 @@ def test_edges_that_change_their_input_in_place_are_called_in_order():
         edge._ops[4].op[0].inplace = True
         edge.train()
     assert not joins_edges(list(cell._ops))
-    cell._ops[3]._ops[4].op[0].inplace = False
-    assert not joins_edges(list(cell._ops))
+
+
+def test_candidates_of_one_norm_and_of_nested_layers():
+    """The one has no layer before its norm; the other hides what it does to its input."""
+    cell, _ = make_cell()
+    cell._ops[3]._ops[2] = nn.BatchNorm2d(8)
+    cell.train()
+    assert joins_edges(list(cell._ops))
+    inner = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1))
+    for candidate in (nn.Sequential(inner, nn.BatchNorm2d(8)), inner):
+        cell._ops[3]._ops[2] = candidate
+        cell.train()
+        assert not joins_edges(list(cell._ops))
 
 
 class Calls(TorchDispatchMode):

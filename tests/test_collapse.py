@@ -207,6 +207,12 @@ def test_the_decay_of_the_alphas_counts() -> None:
     assert find_rise(records(*values), weight_decay=1.0) is None
 
 
+def test_epochs_in_which_the_alphas_rest_do_not_count() -> None:
+    values = [1.0] * 6 + [9.0] * 4
+    assert find_rise(records(*values), rested=1) is not None
+    assert find_rise(records(*values), rested=2) is None
+
+
 def test_without_curvature_nothing_rises() -> None:
     assert find_rise(records(*[-1.0] * 6, *[3.0] * 4)) is None
     assert find_rise([]) is None

@@ -165,6 +165,22 @@ def full_gate(op, active, alpha):
     return Gate(active, tuple(rest(active, len(op.candidate_ops))), alpha)
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_frozen_statistics(norm):
+    """Neither kind of norm moves them, or reads them while it trains."""
+    frozen, free = (norm(3, track_running_stats=True) for _ in range(2))
+    x = torch.randn(4, 3, 5, 5)
+    before = {name: b.clone() for name, b in frozen.named_buffers()}
+    with frozen_statistics(frozen):
+        y = frozen(x)
+    torch.testing.assert_close(y, free(x))
+    assert frozen.track_running_stats
+    for name, b in frozen.named_buffers():
+        assert torch.equal(b, before[name])
+        if name.startswith("running"):
+            assert not torch.equal(b, free.get_buffer(name))
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("active", range(4))
 def test_against_all_outputs_weighted_by_gates(active, residual):

@@ -239,7 +239,7 @@ def test_measure_command(folder, capsys):
     assert found.shape == SHAPE and found.procedure.repeats == 2
     out, err = capsys.readouterr()
     assert f"{len(KEYS)} blocks of darts" in out
-    assert "fastnas latency check --calibrate --table latency.json" in out
+    assert "fastnas latency check --calibrate --seed 0 --table latency.json" in out
     assert f"timing: {2 * len(KEYS)} of {2 * len(KEYS)} calls" in err
 
     assert main(["latency", "measure", *TINY, *FEW]) == 2

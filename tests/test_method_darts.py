@@ -43,7 +43,7 @@ class Mixture(nn.Module):
         return self.last(torch.tanh(9 * h * a[0] * b[1]) + h * h * (a[1] * b[2] + a[2] - b[0]))
 
 
-def learner(order: str = "first", momentum: float = 0.9, **settings: float) -> Learner:
+def learner(order: str = "first", momentum: float = 0.9, **settings: object) -> Learner:
     torch.manual_seed(3)
     net = Mixture().double()
     method = Darts(SPECS, DartsOptions(order))
@@ -148,6 +148,16 @@ def test_second_order_equals_the_exact_gradient(monkeypatch: pytest.MonkeyPatch)
     for got, exact, simple in zip(found, wanted, plain, strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-7)
         assert (got - simple).norm() > 0.02 * simple.norm()
+
+
+def test_second_order_unrolls_the_step_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the weights' own loss, which may be smoothed."""
+    gradients = []
+    monkeypatch.setattr(Learner, "apply_architecture_gradient", lambda self, g: gradients.append(g))
+    for smoothing in (0.0, 0.4):
+        learned = learner("second", weight_criterion=nn.CrossEntropyLoss(label_smoothing=smoothing))
+        learned.method.architecture_step(learned, batch(1), batch(2), NOW)
+    assert (gradients[0][0] - gradients[1][0]).abs().max() > 1e-4 * gradients[0][0].abs().max()
 
 
 def test_second_order_restores_weights_and_statistics() -> None:

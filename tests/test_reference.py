@@ -223,10 +223,10 @@ def test_every_op_falls_back_where_there_are_no_kernels(device, monkeypatch, tol
         asked.append(device_type)
         return False
 
-    for name in ops.__all__:
+    for name in ("_source", *ops.__all__):  # where ops of one source ask
         if name != "Paths":
             module = importlib.import_module(f"fastnas.ops.{name}")
-            monkeypatch.setattr(module, "has_kernels", has_kernels)
+            monkeypatch.setattr(module, "has_kernels", has_kernels, raising=False)
     fallback = outcomes(device)
     assert len(asked) >= 9 and set(asked) == {device.type}
     for k, (a, b) in enumerate(zip(fallback, expected, strict=True)):

@@ -3,38 +3,29 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import re
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from search_tiny import CLASSES, config, images, registered
+from search_tiny import CLASSES, QUIET, Recorder, config, images, registered, run
 
 from fastnas.data import Augment
 from fastnas.methods import METHODS, DartsOptions, PCDarts
 from fastnas.search import (
     CheckpointError,
-    Progress,
     Search,
     SearchConfig,
-    StepReport,
-    TextProgress,
     learning_rate,
     load_checkpoint,
     save_checkpoint,
 )
 from fastnas.search.files import read_json, read_jsonl
-from fastnas.search.meters import Meter, Pace
-from fastnas.search.progress import Lines
 from fastnas.search.runtime import runtime
 from fastnas.spaces import SPACES
-
-QUIET = Progress()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,12 +41,6 @@ def _one_thread() -> object:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def run(settings: SearchConfig, **kwargs: object) -> Search:
-    search = Search(settings, data=images(), **{"progress": QUIET, **kwargs})
-    search.run()
-    return search
 
 
 # --- what is trained -------------------------------------------------------------------------
@@ -232,102 +217,6 @@ def test_result_is_returned() -> None:
     assert result.genotype == search.genotype()
     assert result.history == search.history
     assert result.path is None
-
-
-class Recorder(Progress):
-    def __init__(self) -> None:
-        self.events: list[str] = []
-
-    def start(self, search: Search) -> None:
-        self.events.append(f"start {search.epoch}.{search.step}")
-
-    def step(self, report) -> None:
-        self.events.append(
-            f"{report.phase} {report.epoch}/{report.epochs} {report.step}/{report.steps}"
-        )
-        assert report.loss > 0
-        assert report.seconds_left >= 0
-
-    def epoch(self, record, genotype) -> None:
-        self.events.append(f"epoch {record['epoch']}")
-
-    def end(self, result) -> None:
-        self.events.append("end")
-
-    def stop(self, reason: BaseException) -> None:
-        self.events.append(f"stop {type(reason).__name__}")
-
-
-def test_progress() -> None:
-    recorder = Recorder()
-    run(config(log_every=2, validate="last"), progress=recorder)
-    assert recorder.events == [
-        *("start 0.0", "train 1/2 2/3", "train 1/2 3/3", "epoch 1"),
-        *("train 2/2 2/3", "train 2/2 3/3", "validation 2/2 2/3", "validation 2/2 3/3"),
-        *("epoch 2", "end"),
-    ]
-
-
-def test_lines_of_text() -> None:
-    stream = io.StringIO()
-    search = Search(config(gap=False), data=images(), progress=TextProgress(stream))
-    result = search.run()
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "search: tiny by darts on fashion-mnist-mini, cpu"
-    assert lines[1].startswith("epoch 1, loss ")
-    assert "validation accuracy" in lines[2]
-    assert lines[-1] == str(result.genotype)
-    assert [line for line in lines[3:-1] if not line.startswith("warning: ")] == []
-
-
-def test_lines_tell_the_time_that_is_left() -> None:
-    stream = io.StringIO()
-    run(config(gap=False), progress=TextProgress(stream))
-    _, first, last, *_ = stream.getvalue().splitlines()
-    assert re.search(r", \d+\.\d s, \d+:\d\d left$", first)
-    assert last.endswith(" s")
-
-
-def test_long_epochs_get_a_line_now_and_then() -> None:
-    stream = io.StringIO()
-    lines = Lines(stream, every=60.0)
-    report = StepReport("train", 2, 50, 10, 390, 1.25, 0.5, None, 0.1, 3723.4)
-    lines.step(report)
-    assert stream.getvalue() == ""
-    lines = Lines(stream, every=0.0)
-    lines.step(report)
-    lines.step(replace(report, phase="validation", loss=None, seconds_left=None))
-    assert stream.getvalue().splitlines() == [
-        "epoch 2/50, step 10/390, loss 1.2500, accuracy 50.0%, 1:02:03 left",
-        "epoch 2/50, test step 10/390",
-    ]
-
-
-def test_pace() -> None:
-    pace = Pace()
-    assert pace.seconds(3, 3) is None
-    pace.add(False, 1.0)
-    assert pace.seconds(2, 3) == 2 + 6
-    pace.add(True, 5.0)
-    pace.add(True, 3.0)
-    assert pace.seconds(2, 3) == 2 + 12
-    only = Pace()
-    only.add(True, 4.0)
-    assert only.seconds(1, 1) == 6
-
-
-def test_meter_remembers_the_first_bad_loss() -> None:
-    from fastnas.methods import Outcome
-
-    meter = Meter(torch.device("cpu"))
-    for step, loss in enumerate([1.0, float("inf"), float("nan"), 2.0], 1):
-        meter.add(Outcome(torch.tensor(loss), torch.tensor(3), 4), step)
-    assert meter.bad == (2, float("inf"))
-    assert meter.loss is None
-    assert meter.accuracy == 0.75
-    meter.reset()
-    assert meter.bad is None
-    assert meter.accuracy is None
 
 
 # --- what may be resumed ---------------------------------------------------------------------

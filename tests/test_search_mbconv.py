@@ -213,6 +213,12 @@ def test_a_table_for_the_networks_of_a_preset(capsys, tmp_path):
     assert "table.json" in capsys.readouterr().err
     assert main(["latency", "measure", "--preset", "big", "--out", table + "2"]) == 2
     assert "preset: expected one of demo, cifar10, imagenet" in capsys.readouterr().err
+    assert main(["latency", "measure", "--preset", "cifar10", "--out", table + "2"]) == 2
+    assert "data: expected the images of the preset 'cifar10'" in capsys.readouterr().err
+    again = ["latency", "measure", "--resume", "--out", table]
+    for more in (["--preset", "demo"], ["--data", "fashion-mnist-mini"], ["--space", "darts"]):
+        assert main([*again, *more]) == 2
+        assert f"{more[0][2:]}: expected" in capsys.readouterr().err
 
 
 def test_the_command_searches(capsys, tmp_path):

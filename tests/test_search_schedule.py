@@ -24,6 +24,11 @@ def test_linear_of_pc_darts(epoch: int, rate: float) -> None:
     assert found == pytest.approx(rate, abs=5e-7)
 
 
+def test_warmup_in_the_middle_of_an_epoch() -> None:
+    rates = [learning_rate(e, 50, 0.5, warmup_epochs=2) for e in (0, 0.9, 1, 1.9, 2)]
+    assert rates[:4] == [0.25, 0.25, 0.5, 0.5] and rates[4] < 0.5
+
+
 def test_warmup_does_not_shift_the_schedule() -> None:
     rates = [learning_rate(e, 50, 0.5, warmup_epochs=5) for e in range(6)]
     assert rates[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])

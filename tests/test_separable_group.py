@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import ops_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_cases import assert_all_near, assert_bitwise, assert_layout, assert_near, raises
+from ops_cases import assert_bitwise, assert_layout, assert_near, raises
+from source_cases import EDGE, NORMS, ONE, check_against_torch, make_norm, parameters
 from torch import nn
 
 from fastnas.ops import separable_group
-
-ONE = ((3, 1),)
-EDGE = ((3, 1), (5, 1), (3, 2), (5, 2))
 
 #: Channels that fill vectors, that leave room in one for other images, and others; images that are
 #: cut into slabs.
@@ -32,25 +28,6 @@ SHAPES = (
     (1, 16, 70, 64),
     (0, 4, 4, 4),
 )
-#: No norm, and those of batch_norm_depthwise.
-NORMS = ("none", "plain", "affine", "evaluation", "affine evaluation", "average")
-
-
-def make_norm(kind, channels, device="cpu"):
-    if kind == "none":
-        return None
-    norm = nn.BatchNorm2d(
-        channels,
-        eps=1e-3,
-        momentum=None if kind == "average" else 0.3,
-        affine="affine" in kind,
-    )
-    with torch.no_grad():
-        for i, t in enumerate((norm.weight, norm.bias, norm.running_mean)):
-            if t is not None:
-                t.copy_(cases.draw((channels,), 70 + i))
-        norm.running_var.copy_(cases.draw((channels,), 73).abs() + 0.5)
-    return norm.train("evaluation" not in kind).to(device)
 
 
 def make_case(shape, group=ONE, dtype=torch.float32, layout="contiguous", device="cpu"):
@@ -71,10 +48,6 @@ def run(x, norm, weights, dilations, stride=1):
     return separable_group(x, weights[:count], weights[count:], dilations, stride, norm)
 
 
-def parameters(norm):
-    return [] if norm is None else list(norm.parameters())
-
-
 def stock(x, norm, weights, dilations, stride=1):
     source, count = F.relu(x if norm is None else norm(x)), len(dilations)
     return [
@@ -83,40 +56,14 @@ def stock(x, norm, weights, dilations, stride=1):
     ]
 
 
-def check_against_torch(x, norm, weights, dilations, stride, tolerances):
-    twin = copy.deepcopy(norm)
-    twin = twin.double() if twin is not None else None
-    ys = run(x, norm, weights, dilations, stride)
-    grads = [cases.like_output(y, 50 + i) for i, y in enumerate(ys)]
-    leaves = [x, *weights, *parameters(norm)]
-    actual = torch.autograd.grad(ys, leaves, grads)
-    exact, *exact_weights = cases.in_double([x, *weights])
-    exact_leaves = [exact, *exact_weights, *parameters(twin)]
-    if x.numel():
-        expected = stock(exact, twin, exact_weights, dilations, stride)
-        wide = [g.double() for g in grads]
-        expected_grads = torch.autograd.grad(expected, exact_leaves, wide)
-        assert_all_near(ys, expected, tolerances, [f"y[{i}]" for i in range(len(ys))])
-        if norm is not None:
-            cases.assert_buffers_near([norm], [twin], tolerances)
-    else:
-        expected_grads = [torch.zeros_like(t) for t in exact_leaves]
-    names = ["dx", *(f"dw[{i}]" for i in range(len(weights))), "dgamma", "dbeta"]
-    # The gradient of what the ReLU saw is rounded to the dtype of x before anything sums it.
-    rounded = {t: max(tolerances[t], tolerances[x.dtype]) for t in tolerances}
-    assert_all_near(actual, expected_grads, rounded, names[: len(actual)])
-    assert [t.dtype for t in actual] == [t.dtype for t in leaves]
-    return ys, actual
-
-
-@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("kind", ("none", *NORMS))
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "_".join(map(str, s)))
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_matches_torch_and_keeps_the_format(layout, shape, stride, kind, device, tolerances):
     x, weights, dilations = make_case(shape, layout=layout, device=device)
     norm = make_norm(kind, shape[1], device)
-    ys, (dx, *_) = check_against_torch(x, norm, weights, dilations, stride, tolerances)
+    ys, (dx, *_) = check_against_torch(run, stock, x, norm, weights, dilations, stride, tolerances)
     for t in (*ys, dx):
         if t.numel() and shape[1] > 1:  # tensors of one channel are of both formats
             assert_layout(t, layout)
@@ -129,13 +76,15 @@ def test_matches_torch_and_keeps_the_format(layout, shape, stride, kind, device,
 def test_several_convolutions_in_every_dtype(dtype, channels, layout, kind, device, tolerances):
     x, weights, dilations = make_case((2, channels, 9, 8), EDGE, dtype, layout, device)
     norm = make_norm(kind, channels, device)
-    check_against_torch(x, norm, weights, dilations, 1, tolerances)
+    check_against_torch(run, stock, x, norm, weights, dilations, 1, tolerances)
 
 
 @pytest.mark.parametrize("layout", cases.VIEWS)
 def test_any_view(layout, device, tolerances):
     x, weights, dilations = make_case((2, 6, 7, 5), layout=layout, device=device)
-    check_against_torch(x, make_norm("plain", 6, device), weights, dilations, 1, tolerances)
+    check_against_torch(
+        run, stock, x, make_norm("plain", 6, device), weights, dilations, 1, tolerances
+    )
 
 
 @pytest.mark.parametrize("kind", ["none", "affine", "affine evaluation"])

@@ -29,9 +29,9 @@ pytestmark = [
 ]
 TESTS = Path(__file__).resolve().parent
 
-# What cannot hold on a GPU (counts are checked on the host there), or takes minutes for draws that
-# the reference has already been compared with.
-LEFT_OUT = {
+# pytest -k of the tests of an op. Not those of what cannot hold on a GPU (counts are checked on the
+# host there), or that take minutes for draws that the reference has already been compared with.
+SELECTED = {
     "sample_paths": "not frequencies and not every_bit and not counts",
     # Thousands of pixels of the largest images say nothing new.
     "depthwise_group": "not 97_90",
@@ -67,7 +67,7 @@ def test_passes_the_tests_of_the_op(op, simt):
     # Not -m pytest: that would put the folder it starts in, and fastnas if it is there, first.
     run = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     command = [sys.executable, "-c", run, "-q", "-p", "simt.plugin", "-p", "no:cacheprovider"]
-    command += [str(TESTS / f"test_{op}.py"), "-k", LEFT_OUT.get(op, "test")]
+    command += [str(TESTS / f"test_{op}.py"), "-k", SELECTED.get(op, "test")]
     path = os.pathsep.join([str(TESTS), os.environ["PYTHONPATH"]])
     environment = {**os.environ, "PYTHONPATH": path, "FASTNAS_TEST_DEVICE": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -5,8 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
-
 #include "../depthwise.h"
 #include "depthwise_group.h"
 #include "dispatch.h"
@@ -14,43 +12,20 @@
 
 namespace fastnas {
 
-namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-std::vector<at::Tensor> given(const OptionalTensor& t) {
-  return t ? std::vector<at::Tensor>{*t} : std::vector<at::Tensor>{};
-}
-
-// The norm as the only row of a table whose weight is 1.
-NormTable norm_table(const char* op, const at::Tensor& x, int64_t kind, double eps,
-                     const OptionalTensor& gamma, const OptionalTensor& beta) {
-  TORCH_CHECK_VALUE(kind == kBatch || kind == kRunning, op, ": expected kind 1 or 2, but got ",
-                    kind);
-  TORCH_CHECK_VALUE(gamma.has_value() == beta.has_value(), op,
-                    ": expected gamma and beta or neither");
-  const at::Tensor one =
-      at::empty({1}, x.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));
-  *one.mutable_data_ptr<double>() = 1;
-  const int64_t affine = gamma.has_value();
-  return make_norm_table(op, x.size(1), one, {kind}, {eps}, {affine}, given(gamma), given(beta));
-}
-
-}  // namespace
-
 std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> batch_norm_depthwise_cpu(
     const at::Tensor& x, int64_t kind, double eps, const OptionalTensor& gamma,
     const OptionalTensor& beta, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, at::TensorList weights, at::IntArrayRef dilations,
     int64_t stride) {
   const char* op = "batch_norm_depthwise";
-  check_floating(op, "x", x);
+  const SourceNorm norm{kind, eps, gamma, beta};
+  check_source_norm(op, x, norm, 1);
   const DepthwiseGroup group =
       check_depthwise(op, x.sizes(), x.device(), weights, dilations, stride);
   const at::ScalarType dtype = x.scalar_type(), acc = accumulate_dtype(dtype);
   const at::MemoryFormat format = memory_format(x);
   const bool columns = format != at::MemoryFormat::Contiguous;
-  NormTable table = norm_table(op, x, kind, eps, gamma, beta);
+  NormTable table = make_source_table(op, x, norm);
   set_running_statistics(op, table, given(running_mean), given(running_var));
   const at::Tensor source = as_operand(x, dtype, format);
   const std::vector<at::Tensor> w = as_operands(weights, acc, at::MemoryFormat::Contiguous);
@@ -82,7 +57,9 @@ batch_norm_depthwise_backward_cpu(at::TensorList grads, at::IntArrayRef present,
                                   at::TensorList weights, at::IntArrayRef dilations, int64_t stride,
                                   bool need_x, bool need_norm, at::IntArrayRef need_weights) {
   const char* op = "batch_norm_depthwise_backward";
-  TORCH_CHECK_VALUE(x.dim() == 4, op, ": expected x of shape (N, C, H, W), but got ", x.sizes());
+  const SourceNorm norm{kind, eps, gamma, beta};
+  check_source_norm(op, x, norm, 1);
+  check_source_statistics(op, x, norm, mean, var);
   const std::vector<int64_t> size{x.size(2), x.size(3)};
   const bool need_source = need_x || need_norm;
   const DepthwiseGroup group = check_depthwise_backward(
@@ -90,7 +67,7 @@ batch_norm_depthwise_backward_cpu(at::TensorList grads, at::IntArrayRef present,
   const at::ScalarType dtype = grads[0].scalar_type(), acc = accumulate_dtype(dtype);
   const at::MemoryFormat format = memory_format(x);
   const bool columns = format != at::MemoryFormat::Contiguous;
-  NormTable table = norm_table(op, x, kind, eps, gamma, beta);
+  NormTable table = make_source_table(op, x, norm);
   set_statistics(op, table, mean, var);
   const ForwardCoefficients f = forward_coefficients(table);
   const std::vector<at::Tensor> gs = as_operands(grads, dtype, format);

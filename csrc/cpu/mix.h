@@ -247,10 +247,9 @@ class Mix {
   };
   Sample sample_of(const Range& r) const {
     const int64_t n = r.n1 - r.n0;
-    if (layout_.columns)
-      return {1, n <= period_ ? n : std::max<int64_t>(n / 16 / period_, 1) * period_};
+    if (layout_.columns) return {1, std::min(n, (n + 16 * period_ - 1) / (16 * period_) * period_)};
     if (n > 16) return {(n + 15) / 16, layout_.S};
-    return {1, std::min(layout_.S, std::max<int64_t>(n * layout_.S / 16, 1))};
+    return {1, std::min(layout_.S, (n * layout_.S + 15) / 16)};
   }
 
   // out[0 .. width): means of the task's channels; out[width ..): their sums of squared deviations.

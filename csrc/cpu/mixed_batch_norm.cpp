@@ -37,6 +37,14 @@ NormTable make_norm_table(const char* op, int64_t C, const at::Tensor& weights,
   return t;
 }
 
+NormTable make_source_table(const char* op, const at::Tensor& x, const SourceNorm& norm) {
+  const at::Tensor one =
+      at::empty({1}, x.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));
+  *one.mutable_data_ptr<double>() = 1;
+  return make_norm_table(op, x.size(1), one, {norm.kind}, {norm.eps}, {norm.gamma.has_value()},
+                         given(norm.gamma), given(norm.beta));
+}
+
 void set_running_statistics(const char* op, NormTable& t, at::TensorList means,
                             at::TensorList vars) {
   size_t row = 0;

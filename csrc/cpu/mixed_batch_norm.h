@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../source_norm.h"
 #include "dispatch.h"
 #include "mix.h"
 
@@ -36,6 +37,9 @@ struct NormTable {
 NormTable make_norm_table(const char* op, int64_t C, const at::Tensor& weights,
                           at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
                           at::TensorList gammas, at::TensorList betas);
+
+// One norm as the only row of a table whose weight is 1; kind 0 makes it a plain row.
+NormTable make_source_table(const char* op, const at::Tensor& x, const SourceNorm& norm);
 
 void set_running_statistics(const char* op, NormTable& table, at::TensorList means,
                             at::TensorList vars);

@@ -139,7 +139,8 @@ void reduce(const T* g, const T* const* xs, int64_t K, int64_t n, const acc_type
   while (n - at >= L) {
     const int64_t end = at + chunk_of(n - at, L);
     const auto next = [&](int64_t k) {
-      return k + 1 < K && xs[k + 1] ? xs[k + 1] : xs[k] + (end - at);
+      if (k + 1 < K && xs[k + 1]) return xs[k + 1];
+      return xs[k] ? xs[k] + (end - at) : g;
     };
     for (int64_t k = sums ? -1 : 0; k < K; ++k) {
       if (k >= 0 && !xs[k]) continue;
@@ -201,7 +202,8 @@ void gradients(const T* g, const T* const* xs, T* const* dxs, int64_t K, int64_t
   while (n - at >= L) {
     const int64_t end = at + chunk_of(n - at, L);
     const auto next = [&](int64_t k) {
-      return k + 1 < K && xs[k + 1] ? xs[k + 1] : xs[k] + (end - at);
+      if (k + 1 < K && xs[k + 1]) return xs[k + 1];
+      return xs[k] ? xs[k] + (end - at) : g;
     };
     for (int64_t k = 0; k < K; ++k) {
       if (!dxs[k]) continue;

@@ -40,15 +40,15 @@ struct Filled {
 // Sums of filled weights, and what of them belongs to the weights themselves.
 struct FilledSums {
   std::vector<std::vector<double>> values;
+  int64_t columns;  // of a row
 
-  FilledSums(at::TensorList weights, at::IntArrayRef need, int64_t each) {
+  FilledSums(at::TensorList weights, at::IntArrayRef need, int64_t rows, int64_t columns)
+      : columns(columns) {
     for (size_t i = 0; i < weights.size(); ++i)
-      values.emplace_back(need[i] ? each * weights[i].size(2) * weights[i].size(3) : 0);
+      values.emplace_back(need[i] ? rows * columns * weights[i].size(2) * weights[i].size(3) : 0);
   }
 
-  // Rows of a filled matrix are `row` apart.
-  std::vector<at::Tensor> as_weights(at::TensorList weights, at::IntArrayRef need,
-                                     int64_t row) const {
+  std::vector<at::Tensor> as_weights(at::TensorList weights, at::IntArrayRef need) const {
     std::vector<at::Tensor> out;
     for (size_t i = 0; i < weights.size(); ++i) {
       if (!need[i]) continue;
@@ -56,7 +56,7 @@ struct FilledSums {
       const int64_t rows = w.size(0), n = rows ? w.numel() / rows : 0;
       std::vector<double> mine;
       for (int64_t r = 0; r < rows; ++r) {
-        const double* from = values[i].data() + r * (row ? row : n);
+        const double* from = values[i].data() + r * columns * w.size(2) * w.size(3);
         mine.insert(mine.end(), from, from + n);
       }
       out.push_back(from_doubles(mine, w.sizes(), w.options()));
@@ -95,20 +95,6 @@ struct NormSource {
   }
 };
 
-std::vector<at::Tensor> given(const OptionalTensor& t) {
-  return t ? std::vector<at::Tensor>{*t} : std::vector<at::Tensor>{};
-}
-
-// The norm as the only row of a table whose weight is 1; none has a plain row.
-NormTable norm_table(const char* op, const at::Tensor& x, const SourceNorm& norm) {
-  const at::Tensor one =
-      at::empty({1}, x.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));
-  *one.mutable_data_ptr<double>() = 1;
-  const int64_t affine = norm.gamma.has_value();
-  return make_norm_table(op, x.size(1), one, {norm.kind}, {norm.eps}, {affine}, given(norm.gamma),
-                         given(norm.beta));
-}
-
 }  // namespace
 
 std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group_cpu(
@@ -119,14 +105,14 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group_cpu(
   const char* op = "separable_group";
   const at::NoGradGuard no_grad;
   const SourceNorm norm{kind, eps, gamma, beta};
-  check_source_norm(op, x, norm);
+  check_source_norm(op, x, norm, 0);
   const DepthwiseGroup group =
       check_depthwise(op, x.sizes(), x.device(), depthwise, dilations, stride);
   check_pointwise(op, group, pointwise, x);
   const at::ScalarType dtype = x.scalar_type(), acc = accumulate_dtype(dtype);
   const at::MemoryFormat format = memory_format(x);
   const bool columns = format != at::MemoryFormat::Contiguous;
-  NormTable table = norm_table(op, x, norm);
+  NormTable table = make_source_table(op, x, norm);
   if (kind != kPlain) set_running_statistics(op, table, given(running_mean), given(running_var));
   const at::Tensor source = as_operand(x, dtype, format);
   std::vector<at::Tensor> ys;
@@ -169,7 +155,7 @@ separable_group_backward_cpu(at::TensorList grads, at::IntArrayRef present, cons
   const at::ScalarType dtype = grads[0].scalar_type(), acc = accumulate_dtype(dtype);
   const at::MemoryFormat format = memory_format(x);
   const bool columns = format != at::MemoryFormat::Contiguous;
-  NormTable table = norm_table(op, x, norm);
+  NormTable table = make_source_table(op, x, norm);
   if (kind != kPlain) set_statistics(op, table, mean, var);
   const std::vector<at::Tensor> gs = as_operands(grads, dtype, format);
   const at::Tensor source = as_operand(x, dtype, format);
@@ -196,12 +182,12 @@ separable_group_backward_cpu(at::TensorList grads, at::IntArrayRef present, cons
       const DepthwiseGroup whole = filled<T>(group);
       const NormSource read(table, kind != kPlain, whole.C);
       const Filled<T> taps(depthwise, acc, whole.C, false), matrices(pointwise, acc, whole.C, true);
-      FilledSums ddw(depthwise, need_depthwise, whole.C);
-      FilledSums dpw(pointwise, need_pointwise, whole.C * whole.C);
+      FilledSums ddw(depthwise, need_depthwise, whole.C, 1);
+      FilledSums dpw(pointwise, need_pointwise, whole.C, whole.C);
       Separable<T>(whole, columns, read.source(), group.C)
           .backward(g, values, taps.pointers, matrices.pointers, to, ddw.values, dpw.values);
-      ddepthwise = ddw.as_weights(depthwise, need_depthwise, 0);
-      dpointwise = dpw.as_weights(pointwise, need_pointwise, whole.C);
+      ddepthwise = ddw.as_weights(depthwise, need_depthwise);
+      dpointwise = dpw.as_weights(pointwise, need_pointwise);
       if (!need_source || kind == kPlain) return;
       const Layout layout = layout_of(x.sizes(), columns);
       T* dx = need_x ? static_cast<T*>(out.dxs[0].mutable_data_ptr()) : nullptr;

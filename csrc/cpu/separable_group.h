@@ -13,8 +13,8 @@ namespace fastnas {
 template <typename T>
 class Separable : Depthwise<T> {
   using Base = Depthwise<T>;
-  using Base::distance, Base::group_, Base::inputs_, Base::kernels_, Base::L_, Base::outputs_;
   using Base::g_, Base::x_;
+  using Base::group_, Base::inputs_, Base::kernels_, Base::L_, Base::outputs_;
   using Base::output_, Base::slab_, Base::slabs_, Base::tables_, Base::taps_, Base::units_;
   using typename Base::Rows;
 

@@ -5,10 +5,10 @@
 #include <ATen/ops/ones.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../source_norm.h"
 #include "host.h"
 
 namespace fastnas::cuda {
@@ -30,25 +30,10 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> depthwise_group_backward(
 
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-std::vector<at::Tensor> given(const OptionalTensor& t) {
-  return t ? std::vector<at::Tensor>{*t} : std::vector<at::Tensor>{};
-}
-
 at::Tensor one(const at::Tensor& x) {
   return at::ones({1}, x.options()
                            .dtype(accumulate_dtype(x.scalar_type()))
                            .memory_format(at::MemoryFormat::Contiguous));
-}
-
-void check_norm(const char* op, const at::Tensor& x, int64_t kind, const OptionalTensor& gamma,
-                const OptionalTensor& beta) {
-  check_floating(op, "x", x);
-  TORCH_CHECK_VALUE(x.dim() == 4, op, ": expected x of shape (N, C, H, W), but got ", x.sizes());
-  TORCH_CHECK_VALUE(kind == 1 || kind == 2, op, ": expected kind 1 or 2, but got ", kind);
-  TORCH_CHECK_VALUE(gamma.has_value() == beta.has_value(), op,
-                    ": expected gamma and beta or neither");
 }
 
 }  // namespace
@@ -59,7 +44,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> batch_norm_depthwise
     const OptionalTensor& running_var, at::TensorList weights, at::IntArrayRef dilations,
     int64_t stride) {
   const char* op = "batch_norm_depthwise";
-  check_norm(op, x, kind, gamma, beta);
+  check_source_norm(op, x, {kind, eps, gamma, beta}, 1);
   TORCH_CHECK_VALUE(
       kind == 1 || (running_mean && running_var && running_mean->numel() == x.size(1) &&
                     running_var->numel() == x.size(1)),
@@ -78,10 +63,8 @@ batch_norm_depthwise_backward(at::TensorList grads, at::IntArrayRef present, con
                               at::TensorList weights, at::IntArrayRef dilations, int64_t stride,
                               bool need_x, bool need_norm, at::IntArrayRef need_weights) {
   const char* op = "batch_norm_depthwise_backward";
-  check_norm(op, x, kind, gamma, beta);
-  TORCH_CHECK_VALUE(mean.numel() == x.size(1) && var.numel() == x.size(1), op,
-                    ": expected mean and var of shape [", x.size(1), "], but got ", mean.sizes(),
-                    " and ", var.sizes());
+  check_source_norm(op, x, {kind, eps, gamma, beta}, 1);
+  check_source_statistics(op, x, {kind, eps, gamma, beta}, mean, var);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor w = one(x);
   const int64_t affine = gamma.has_value();

@@ -5,6 +5,7 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include "../separable.h"
@@ -121,8 +122,10 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group(
     at::IntArrayRef dilations, int64_t stride) {
   const char* op = "separable_group";
   const at::NoGradGuard no_grad;
+  // Autocast would take the products of x in float32 behind a norm in half, forward but not backward.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const SourceNorm norm{kind, eps, gamma, beta};
-  check_source_norm(op, x, norm);
+  check_source_norm(op, x, norm, 0);
   check_pointwise(op, check_depthwise(op, x.sizes(), x.device(), depthwise, dilations, stride),
                   pointwise, x);
   const c10::cuda::CUDAGuard guard(x.device());
@@ -139,6 +142,8 @@ separable_group_backward(at::TensorList grads, at::IntArrayRef present, const at
                          at::IntArrayRef need_depthwise, at::IntArrayRef need_pointwise) {
   const char* op = "separable_group_backward";
   const at::NoGradGuard no_grad;
+  // Autocast would take the products of x in float32 behind a norm in half, forward but not backward.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const SourceNorm norm{kind, eps, gamma, beta};
   check_separable_backward(op, grads, present, x, norm, mean, var, depthwise, pointwise, dilations,
                            stride, need_depthwise, need_pointwise);

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Annotated, Any
 
@@ -78,7 +78,7 @@ def _measure(argv: Sequence[str]) -> int:
         f"{len(table.blocks)} blocks of {table.space}, {total:.3g} ms together, "
         f"on {c.machine} ({c.threads} threads, batch {c.batch}, {c.dtype}, {c.memory_format}).\n"
         f"Written to {measurement.path}. Check it with: "
-        f"fastnas latency check --calibrate --table {measurement.path}",
+        f"fastnas latency check --calibrate --seed 0 --table {measurement.path}",
         markup=False,
     )
     return 0
@@ -86,12 +86,8 @@ def _measure(argv: Sequence[str]) -> int:
 
 def _measure_config(argv: Sequence[str]) -> MeasureConfig:
     """The options over the defaults: of space, preset and ``--data``, or of the table begun."""
-    chosen = choices(argv, space="darts", preset="", data="", out="latency.json")
-    shape = block_rules(chosen["space"]).shape
-    fields = {**_of_preset(chosen["preset"], chosen["space"]), **_of_data(chosen["data"])}
-    config = MeasureConfig(space=chosen["space"], shape=shape(**fields))
-    if "--resume" in argv:
-        config = _begun(chosen["out"])
+    chosen = choices(argv, space="", preset="", data="", out="latency.json")
+    config = _begun(chosen) if "--resume" in argv else _fresh(chosen)
     # No name: the fields of the configuration stand beside the others.
     options = dataclasses.make_dataclass(
         "Options",
@@ -149,9 +145,33 @@ def _of_data(spec: str) -> dict[str, int]:
     }
 
 
-def _begun(out: str) -> MeasureConfig:
-    """The configuration with which a table was begun."""
+def _fresh(chosen: Mapping[str, str]) -> MeasureConfig:
+    """Defaults for a new table."""
+    space = chosen["space"] or "darts"
+    shape = block_rules(space).shape
+    fields = _of_preset(chosen["preset"], space)
+    if chosen["preset"] not in ("", "demo") and not chosen["data"]:
+        raise ValueError(
+            f"data: expected the images of the preset {chosen['preset']!r} (their size, channels "
+            "and classes), for example cifar10:DIR, but got none"
+        )
+    return MeasureConfig(space=space, shape=shape(**(fields | _of_data(chosen["data"]))))
+
+
+def _begun(chosen: Mapping[str, str]) -> MeasureConfig:
+    """The configuration with which a table was begun.
+
+    Raises:
+        ValueError: another one is chosen.
+    """
+    out = chosen["out"]
     table = LatencyTable.load(out)
+    for name, wanted in (("space", table.space), ("preset", None), ("data", None)):
+        if chosen[name] not in ("", wanted):
+            raise ValueError(
+                f"{name}: expected {wanted or 'none'} with --resume, which goes on with the "
+                f"networks of {out}, but got {chosen[name]!r}"
+            )
     c, procedure = table.conditions, table.procedure
     return MeasureConfig(
         space=table.space,

@@ -29,7 +29,7 @@ from fastnas.evaluate.result import (
 )
 from fastnas.evaluate.source import GenotypeSource, find_genotype, space_of
 from fastnas.methods import Outcome
-from fastnas.search.assembly import lay_out
+from fastnas.search.assembly import lay_out, noise_batch
 from fastnas.search.checkpoint import RandomState, save_checkpoint
 from fastnas.search.files import write_json, write_text
 from fastnas.search.layout import Step
@@ -226,10 +226,7 @@ class Evaluation(Resumable):
         trial._parameters = list(trial.network.parameters())
         lay_out(trial.network, layout)
         trial.network.train()
-        # What is on the images costs no time; reading them from a disk would.
-        x = torch.rand(self._batches.batch_size, *self._batches.image_shape, device=self.device)
-        x = x.contiguous(memory_format=layout)
-        y = torch.randint(self.data.num_classes, (len(x),), device=self.device)
+        x, y = noise_batch(self._batches, self.data.num_classes, self.device, layout)
         return lambda: trial._train_step(x, y)
 
     def _lay_out(self, layout: torch.memory_format) -> None:

@@ -142,9 +142,15 @@ class Check:
         self.table.check_complete(str(self.path))
         c = self.table.conditions
         device = c.device if config.device == "auto" else config.device
+        threads = c.threads
+        if config.allow_foreign:
+            # Of a larger machine, or one with a GPU: as much of it as there is here.
+            threads = min(threads, os.cpu_count() or 1)
+            if config.device == "auto" and not _is_here(device):
+                device = "cpu"
         self.device = resolve_device(device)
-        check_threads(c.threads)
-        self.conditions = here(device, c.threads, c.batch, c.dtype, c.memory_format)
+        check_threads(threads)
+        self.conditions = here(device, threads, c.batch, c.dtype, c.memory_format)
         self.pace = 1.0
         if not config.allow_foreign:
             self.table.check_here(str(self.path), conditions=self.conditions)
@@ -202,6 +208,14 @@ class Check:
         self.table = dataclasses.replace(self.table, calibration=calibration)
         self.table.save(self.path)
         return plain.scaled(factor)
+
+
+def _is_here(device: str) -> bool:
+    try:
+        resolve_device(device)
+    except ValueError:
+        return False
+    return True
 
 
 def time_networks(

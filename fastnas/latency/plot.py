@@ -54,6 +54,6 @@ def _figure() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "plot: matplotlib is needed; install it with: pip install matplotlib"
+            'plot: matplotlib is needed; install it with: pip install ".[plot]"'
         ) from error
     return Figure(figsize=(6, 6), layout="constrained")

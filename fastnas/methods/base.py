@@ -269,8 +269,8 @@ class Method(abc.ABC):
     def derive(self, arch: ArchParameters, space: Space) -> Any:
         """The genotype: the space's rule applied to the method's scores.
 
-        With a target, and where a network's cost is the sum of its choices, the most probable
-        network under the target.
+        With a target, and where a network's cost is the sum of its choices, the best
+        network under the target (``fastnas.methods.budget``).
         """
         with torch.no_grad():
             return space.derive(self._final_scores(arch), self.specs)

@@ -93,7 +93,8 @@ class Darts(Method):
         def train_loss() -> Tensor:
             # The architecture's extra terms have no gradient in the weights; they are counted once,
             # in the validation loss.
-            loss, _ = learner.forward(train, self.weights(learner.arch, moment.during("weights")))
+            weights = self.weights(learner.arch, moment.during("weights"))
+            loss, _ = learner.forward(train, weights, learner.weight_criterion)
             return loss
 
         def val_loss() -> Tensor:

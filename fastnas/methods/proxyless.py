@@ -101,8 +101,9 @@ class Proxyless(Method):
             "arch_lr": 6e-3,
             "label_smoothing": 0.1,
         },
-        # The released script: 40 epochs of warm-up and 120 of search, no architecture step in the
-        # first of these; 50,000 images for the architecture, all others for the weights.
+        # The schedule of the released script: 40 epochs of warm-up and 120 of search, no
+        # architecture step in the first of these; 50,000 images for the architecture, all others
+        # for the weights.
         "imagenet": {
             "options": ProxylessOptions(warmup_epochs=40, warmup_lr=0.05),
             "epochs": 160,
@@ -142,6 +143,11 @@ class Proxyless(Method):
                 f"arch_warmup_epochs: expected at least warmup_epochs={options.warmup_epochs}, "
                 f"but got {config.arch_warmup_epochs}"
             )
+        if options.warmup_epochs and config.lr_warmup_epochs:
+            raise ValueError(
+                "lr_warmup_epochs: expected 0 with warmup_epochs, whose rates have a course of "
+                f"their own, but got {config.lr_warmup_epochs}"
+            )
         if options.importance and options.estimator != "two":
             raise ValueError(
                 f"importance: expected the estimator 'two', but got {options.estimator!r}"
@@ -173,10 +179,12 @@ class Proxyless(Method):
     # --- paths -------------------------------------------------------------------------------
 
     def weights(self, arch: ArchParameters, moment: Moment) -> Mapping[str, CellGates]:
-        """One path: drawn in a step, the most probable one in validation."""
+        """One path: drawn in a step; in validation that of the network that would be derived."""
         if moment.phase == "validation":
+            with torch.no_grad():
+                scores = self._final_scores(arch)
             return {
-                kind: CellGates(tuple(map(Gate, arch.alpha(kind).argmax(dim=1).tolist())))
+                kind: CellGates(tuple(map(Gate, scores[kind].argmax(dim=1).tolist())))
                 for kind in self.specs
             }
         paths = "one" if moment.phase == "weights" else self._paths
@@ -231,7 +239,7 @@ class Proxyless(Method):
     def iteration(
         self, learner: Learner, train: Batch, val: Callable[[], Batch] | None, moment: Moment
     ) -> tuple[Outcome, Outcome | None]:
-        """A step of the weights and, when it is time, steps of the architecture (algorithm 4.2)."""
+        """A step of the weights and, when it is time, steps of the architecture."""
         outcome = learner.weight_step(train, moment.during("weights"))
         if val is None:
             return outcome, None

@@ -7,8 +7,8 @@ Three forms of the loss, with CE the task's loss, E the expected cost and T the 
   augmented Lagrangian of ``c <= 0``; its gradient is ``max(0, lambda + c) grad c``. After each
   architecture step the multiplier lambda grows by ``rate c``, and never falls below 0. The square
   of the violation acts at once and lets go at once, so that a slow multiplier does not overshoot.
-  The genotype is the most probable network under T.
-* ``linear``: ``CE + weight (E - T) / T`` (ProxylessNAS, section 3.3.1).
+  The genotype is the best network under T (``fastnas.methods.budget``).
+* ``linear``: ``CE + weight (E - T) / T`` (the released code of ProxylessNAS).
 * ``log_ratio``: ``CE (log E / log T)^weight`` (the released code of ProxylessNAS, up to a factor
   that Adam does not see). It needs E and T above 1, in whichever unit.
 

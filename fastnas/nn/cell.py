@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastnas import ops
-from fastnas.nn.batch_norm import has_global_hook, hook_tables, make_route
+from fastnas.nn.batch_norm import Route, has_global_hook, hook_tables, make_route
 from fastnas.nn.mixed_op import MixedOp, select_weights
 from fastnas.nn.partial import PartialMixedOp
-from fastnas.nn.recompute import Memory, Recompute, apply
+from fastnas.nn.recompute import Memory, Recompute
 from fastnas.nn.repeat import Packed
 from fastnas.nn.source import call, evaluate_source
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
@@ -69,12 +69,22 @@ def _kind(edge: nn.Module) -> int | None:
     if edge.skip_zero or any(map(bool, hook_tables(edge))):
         return None
     routes = edge._routes()
-    # What changes its input in place, later candidates see; here they would see it earlier or not.
-    if all(r.zero for r in routes) or any(getattr(r.layers[0], "inplace", False) for r in routes):
+    if all(route.zero for route in routes) or any(map(_changes_input, routes)):
         return None
     if not isinstance(edge, PartialMixedOp):
         return 1
     return edge.k if edge.k == 1 or edge._pool_is_fused() else None
+
+
+def _changes_input(route: Route) -> bool:
+    """Whether later candidates might see what this one does to its input in place.
+
+    Node by node they would see it earlier, or not at all.
+    """
+    first = route.layers[0] if route.layers else None
+    return isinstance(first, nn.Module) and any(
+        getattr(module, "inplace", False) for module in first.modules()
+    )
 
 
 def run_nodes(
@@ -185,7 +195,7 @@ def _mix(
     arrivals: Sequence[_Arrival], factors: Tensor | None, k: int, again: Recompute | None
 ) -> Tensor:
     """The sum over all that arrives at a node."""
-    run = apply if again is None else again.mix
+    run = call if again is None else again.mix
     xs = [x for arrival in arrivals for x in arrival.xs]
     norms = [norm for arrival in arrivals for norm in arrival.norms]
     weights = torch.cat([arrival.weights for arrival in arrivals])

@@ -174,13 +174,17 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """
     norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.training]
     norms = [m for m in norms if m.track_running_stats]
+    kept = [(m, m._buffers["running_mean"], m._buffers["running_var"]) for m in norms]
     for norm in norms:
         norm.track_running_stats = False
+        # InstanceNorm moves what it has, whatever that says.
+        norm._buffers["running_mean"] = norm._buffers["running_var"] = None
     try:
         yield
     finally:
-        for norm in norms:
+        for norm, mean, var in kept:
             norm.track_running_stats = True
+            norm._buffers["running_mean"], norm._buffers["running_var"] = mean, var
 
 
 def _zeros(x: Tensor, stride: int) -> Tensor:

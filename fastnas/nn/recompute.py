@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,11 +23,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from fastnas.nn.repeat import Repeat, repeat_of
 from fastnas.nn.source import Layer
 
-__all__ = ["MEMORY", "Memory", "Recompute", "apply"]
+__all__ = ["MEMORY", "Memory", "Recompute"]
 
 Memory = Literal["default", "low"]
 
-MEMORY: tuple[Memory, ...] = ("default", "low")
+MEMORY: tuple[Memory, ...] = get_args(Memory)
 
 
 _Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
@@ -174,11 +174,6 @@ def _check_version(t: Tensor, version: int) -> None:
             f"operation: a tensor of shape {list(t.shape)} is at version {t._version}, expected "
             f"version {version}"
         )
-
-
-def apply(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """``function(*arguments)``."""
-    return function(*arguments)
 
 
 class Recompute:

@@ -49,7 +49,7 @@ class Packed:
 
 
 def repeat_of(layer: Layer) -> Repeat | None:
-    """How ``layer`` is repeated; None for what may have side effects, or costs too much."""
+    """How ``layer`` is repeated; None for what may have side effects."""
     if isinstance(layer, SharedConvolutions):
         again = partial(_convolutions, layer.dilations, layer.stride)
         return Repeat(again, (*layer.weights, *layer.mixing), selects=True)
@@ -64,6 +64,8 @@ def repeat_of(layer: Layer) -> Repeat | None:
         return Repeat(again, (conv.weight, last, norm.weight, norm.bias))
     if isinstance(layer, TwoHalves):
         convs = (layer.module.conv_1, layer.module.conv_2)
+        if not all(isinstance(conv, nn.Conv2d) for conv in convs):
+            return None
         halves = [half for half in map(repeat_of, convs) if half is not None]
         if len(halves) < len(convs):
             return None

@@ -50,7 +50,7 @@ def make_recipe(layers: Sequence[Layer]) -> Recipe:
     while rest:
         if len(rest) >= 3 and _is_norm(rest[0]) and _is_relu(rest[1]) and _is_depthwise(rest[2]):
             size = 4 if _is_pointwise(rest[3:4]) else 3
-            after.append(NormConvolution(*rest[0:1], *rest[2:size]))  # type: ignore[arg-type]
+            after.append(NormConvolution(rest[0], *rest[2:size]))  # type: ignore[arg-type]
             bypassed, rest = bypassed + _modules(rest[:size]), rest[size:]
         else:
             after.append(rest[0])  # type: ignore[arg-type]
@@ -63,9 +63,9 @@ def _modules(layers: Sequence[Layer]) -> tuple[nn.Module, ...]:
     return tuple(layer for layer in layers if isinstance(layer, nn.Module))
 
 
-def call(layer: Callable[[Tensor], Any], x: Tensor) -> Any:
-    """``layer(x)``."""
-    return layer(x)
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)``: what runs layers where nothing is to be noted of them."""
+    return function(*arguments)
 
 
 def evaluate_source(

@@ -4,23 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastnas._extension import has_kernels
 from fastnas.ops import reference
-from fastnas.ops._common import (
-    autocast_dtype,
-    check_devices,
-    differentiate,
-    fake_like,
-    memory_format,
-)
-from fastnas.ops._norms import Norm, gather_norms, update_running_statistics
+from fastnas.ops._common import autocast_dtype, check_devices, fake_like
+from fastnas.ops._norms import Norm
+from fastnas.ops._source import SourceConvolutions, read_norm
 from fastnas.ops.depthwise_group import check_depthwise
-from fastnas.ops.reference import RUNNING
 
 _OP = "batch_norm_depthwise"
 
@@ -59,90 +51,15 @@ def batch_norm_depthwise(
         TypeError: ``x`` or a weight is not a floating-point tensor, or ``norm`` no BatchNorm.
     """
     check_depthwise(_OP, x, weights, dilations, stride)
-    n = gather_norms(_OP, [x], [norm], training, "norm")
-    arguments = [(items[0] if items else None) for items in n[3:7]]
-    *ys, mean, var = BatchNormDepthwise.apply(
-        n.kinds[0], n.eps[0], list(dilations), stride, x, *arguments, *weights
+    if norm is None:
+        raise TypeError(f"{_OP}: expected norm to be a BatchNorm, but got None")
+    n = read_norm(_OP, x, norm, training)
+    *ys, mean, var = SourceConvolutions.apply(
+        _OP, n.kind, n.eps, list(dilations), stride, x, *n.tensors, *weights
     )
-    if n.updates:
-        count = x.numel() // max(x.shape[1], 1)
-        update_running_statistics(n.updates, mean.unsqueeze(0), var.unsqueeze(0), count)
+    n.update(x, mean, var)
     dtype = autocast_dtype(x)
     return [y if y.dtype == dtype else y.to(dtype) for y in ys]
-
-
-class BatchNormDepthwise(torch.autograd.Function):
-    """Autograd of :func:`batch_norm_depthwise`; second derivatives go through the reference."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        """The outputs, and the ``(C,)`` mean and biased variance that were used."""
-        # One parameter for all: without gradients, torch.compile would take the first argument for
-        # ctx where there are as many arguments as parameters.
-        ctx, kind, eps, dilations, stride, x, gamma, beta, running_mean, running_var, *weights = (
-            arguments
-        )
-        if has_kernels(x.device.type):
-            ys, mean, var = torch.ops.fastnas.batch_norm_depthwise(
-                x, kind, eps, gamma, beta, running_mean, running_var, weights, dilations, stride
-            )
-        else:
-            ys, mean, var = reference.batch_norm_depthwise(
-                x, kind, eps, gamma, beta, running_mean, running_var, weights, dilations, stride
-            )
-        # Not the running statistics: a training step may move them before the backward.
-        ctx.save_for_backward(x, mean, var, gamma, beta, *weights)
-        ctx.kind, ctx.eps, ctx.dilations, ctx.stride = kind, eps, dilations, stride
-        ctx.format = memory_format(x)
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
-        return (*ys, mean, var)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of ``x``, of the affine parameters and of the weights that ask for one."""
-        x, mean, var, gamma, beta, *weights = ctx.saved_tensors
-        need_x, need_gamma, need_beta, _, _, *need_weights = ctx.needs_input_grad[4:]
-        present = [g is not None for g in grads[:-2]]
-        given = [g for g in grads[:-2] if g is not None]
-        # What has no gradient has none here either: autograd tells it from zeros.
-        need_weights = [n and p for n, p in zip(need_weights, present, strict=True)]
-        if not given or not any((need_x, need_gamma, need_beta, *need_weights)):
-            return (None,) * len(ctx.needs_input_grad)
-        kind, eps, dilations, stride = ctx.kind, ctx.eps, ctx.dilations, ctx.stride
-        if torch.is_grad_enabled() or not has_kernels(given[0].device.type):
-            affine = [] if gamma is None else [gamma, beta]
-            needs = [need_x, *([need_gamma, need_beta] if affine else []), *need_weights]
-
-            def composite(x: Tensor, *tensors: Tensor) -> list[Tensor]:
-                scale, shift = tensors[:2] if affine else (None, None)
-                rest = tensors[2:] if affine else tensors
-                running = kind == RUNNING
-                ys, *_ = reference.batch_norm_depthwise(
-                    x, kind, eps, scale, shift, mean if running else None, var if running else None,
-                    rest, dilations, stride,
-                )  # fmt: skip
-                return [y for y, p in zip(ys, present, strict=True) if p]
-
-            dx, *more = differentiate(composite, (x, *affine, *weights), needs, given)
-            dgamma, dbeta = more[:2] if affine else (None, None)
-            dws = more[2:] if affine else more
-            return (None,) * 4 + (dx, dgamma, dbeta, None, None, *dws)
-        given = [g.contiguous(memory_format=ctx.format) for g in given]
-        dx, dweights, dgamma, dbeta = torch.ops.fastnas.batch_norm_depthwise_backward(
-            given, present, x, mean, var, kind, eps, gamma, beta, weights, dilations, stride,
-            need_x, need_gamma or need_beta, need_weights,
-        )  # fmt: skip
-        items = iter(dweights)
-        return (
-            *(None,) * 4,
-            dx if need_x else None,
-            dgamma.view(-1).to(gamma.dtype) if need_gamma else None,
-            dbeta.view(-1).to(beta.dtype) if need_beta else None,
-            None,
-            None,
-            *(next(items) if need else None for need in need_weights),
-        )
 
 
 @torch.library.register_fake("fastnas::batch_norm_depthwise")

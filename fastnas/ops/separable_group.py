@@ -4,23 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastnas._extension import has_kernels
 from fastnas.ops import reference
-from fastnas.ops._common import (
-    autocast_dtype,
-    check_devices,
-    differentiate,
-    fake_like,
-    memory_format,
-)
-from fastnas.ops._norms import Norm, gather_norms, update_running_statistics
+from fastnas.ops._common import autocast_dtype, check_devices, fake_like
+from fastnas.ops._norms import Norm
+from fastnas.ops._source import SourceConvolutions, read_norm
 from fastnas.ops.depthwise_group import check_depthwise
-from fastnas.ops.reference import PLAIN, RUNNING
+from fastnas.ops.reference import PLAIN
 
 _OP = "separable_group"
 
@@ -69,20 +62,13 @@ def separable_group(
     check_depthwise(_OP, x, depthwise, dilations, stride, "depthwise")
     _check_pointwise(x, depthwise, pointwise)
     dtype = autocast_dtype(x)
-    kind, eps, updates = PLAIN, 0.0, None
-    arguments: list[Tensor | None] = [None] * 4
-    if norm is not None:
-        n = gather_norms(_OP, [x], [norm], training, "norm")
-        kind, eps, updates = n.kinds[0], n.eps[0], n.updates
-        arguments = [(items[0] if items else None) for items in n[3:7]]
-    elif x.dtype != dtype:
+    n = read_norm(_OP, x, norm, training)
+    if norm is None and x.dtype != dtype:
         x = x.to(dtype)
-    *ys, mean, var = SeparableGroup.apply(
-        kind, eps, list(dilations), stride, x, *arguments, *depthwise, *pointwise
+    *ys, mean, var = SourceConvolutions.apply(
+        _OP, n.kind, n.eps, list(dilations), stride, x, *n.tensors, *depthwise, *pointwise
     )
-    if updates:
-        count = x.numel() // max(x.shape[1], 1)
-        update_running_statistics(updates, mean.unsqueeze(0), var.unsqueeze(0), count)
+    n.update(x, mean, var)
     return [y if y.dtype == dtype else y.to(dtype) for y in ys]
 
 
@@ -111,84 +97,6 @@ def _check_pointwise(x: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence
                 f"{_OP}: expected pointwise[{i}] of shape {list(shape)} on {x.device}, but got "
                 f"{list(w.shape)} on {w.device}"
             )
-
-
-class SeparableGroup(torch.autograd.Function):
-    """Autograd of :func:`separable_group`; second derivatives go through the reference."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        """The outputs, and the ``(C,)`` mean and biased variance that were used, empty for none."""
-        # One parameter for all: without gradients, torch.compile would take the first argument for
-        # ctx where there are as many arguments as parameters.
-        ctx, kind, eps, dilations, stride, x, gamma, beta, running_mean, running_var, *weights = (
-            arguments
-        )
-        count = len(dilations)
-        compute = (
-            torch.ops.fastnas.separable_group
-            if has_kernels(x.device.type)
-            else reference.separable_group
-        )
-        ys, mean, var = compute(
-            x, kind, eps, gamma, beta, running_mean, running_var, weights[:count], weights[count:],
-            dilations, stride,
-        )  # fmt: skip
-        # Not the running statistics: a training step may move them before the backward.
-        ctx.save_for_backward(x, mean, var, gamma, beta, *weights)
-        ctx.kind, ctx.eps, ctx.dilations, ctx.stride = kind, eps, dilations, stride
-        ctx.format = memory_format(x)
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
-        return (*ys, mean, var)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of ``x``, of the affine parameters and of the weights that ask for one."""
-        x, mean, var, gamma, beta, *weights = ctx.saved_tensors
-        count = len(ctx.dilations)
-        need_x, need_gamma, need_beta, _, _, *need_weights = ctx.needs_input_grad[4:]
-        present = [g is not None for g in grads[:-2]]
-        given = [g for g in grads[:-2] if g is not None]
-        # What has no gradient has none here either: autograd tells it from zeros.
-        need_weights = [n and p for n, p in zip(need_weights, present * 2, strict=True)]
-        if not given or not any((need_x, need_gamma, need_beta, *need_weights)):
-            return (None,) * len(ctx.needs_input_grad)
-        kind, eps, dilations, stride = ctx.kind, ctx.eps, ctx.dilations, ctx.stride
-        if torch.is_grad_enabled() or not has_kernels(given[0].device.type):
-            affine = [] if gamma is None else [gamma, beta]
-            needs = [need_x, *([need_gamma, need_beta] if affine else []), *need_weights]
-
-            def composite(x: Tensor, *tensors: Tensor) -> list[Tensor]:
-                scale, shift = tensors[:2] if affine else (None, None)
-                rest = tensors[2:] if affine else tensors
-                running = kind == RUNNING
-                ys, *_ = reference.separable_group(
-                    x, kind, eps, scale, shift, mean if running else None, var if running else None,
-                    rest[:count], rest[count:], dilations, stride,
-                )  # fmt: skip
-                return [y for y, p in zip(ys, present, strict=True) if p]
-
-            dx, *more = differentiate(composite, (x, *affine, *weights), needs, given)
-            dgamma, dbeta = more[:2] if affine else (None, None)
-            dws = more[2:] if affine else more
-            return (None,) * 4 + (dx, dgamma, dbeta, None, None, *dws)
-        given = [g.contiguous(memory_format=ctx.format) for g in given]
-        dx, ddepthwise, dpointwise, dgamma, dbeta = torch.ops.fastnas.separable_group_backward(
-            given, present, x, mean, var, kind, eps, gamma, beta, weights[:count], weights[count:],
-            dilations, stride, need_x, need_gamma or need_beta, need_weights[:count],
-            need_weights[count:],
-        )  # fmt: skip
-        items = iter([*ddepthwise, *dpointwise])
-        return (
-            *(None,) * 4,
-            dx if need_x else None,
-            dgamma.view(-1).to(gamma.dtype) if need_gamma else None,
-            dbeta.view(-1).to(beta.dtype) if need_beta else None,
-            None,
-            None,
-            *(next(items) if need else None for need in need_weights),
-        )
 
 
 @torch.library.register_fake("fastnas::separable_group")

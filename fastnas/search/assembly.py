@@ -201,3 +201,12 @@ def build_term(data: Data, config: SearchConfig) -> CostTerm | None:
 def lay_out(network: nn.Module, layout: torch.memory_format) -> None:
     """Bring the weights of a network into a memory format; they stay the same parameters."""
     network.to(memory_format=layout)  # type: ignore[call-overload]  # missing in torch's stubs
+
+
+def noise_batch(
+    like: EpochBatches, classes: int, device: torch.device, layout: torch.memory_format
+) -> tuple[Tensor, Tensor]:
+    """A batch to time steps with: what is on images costs no time, reading them would."""
+    x = torch.rand(like.batch_size, *like.image_shape, device=device)
+    y = torch.randint(classes, (like.batch_size,), device=device)
+    return x.contiguous(memory_format=layout), y

@@ -51,8 +51,10 @@ def observe(search: Search, accuracy: float | None) -> dict[str, Any]:
         moment = search.moment("architecture")
         record["eigenvalue"] = alpha_eigenvalue(search.learner, batch, moment)
     record["warnings"] = warnings(record, search.history, config, specs)
-    if config.early_stop == "hessian" and number > config.arch_warmup_epochs:
-        rise = find_rise([*search.history, record], config.arch_weight_decay)
+    if config.early_stop == "hessian":
+        rise = find_rise(
+            [*search.history, record], config.arch_weight_decay, config.arch_warmup_epochs
+        )
         record["stopped"] = None if rise is None else rise.epoch
     ends = number == config.epochs or record["stopped"] is not None
     if config.gap and ends and space.one_hot is not None:
@@ -120,7 +122,7 @@ def _skips(record: Record, config: SearchConfig) -> Warnings:
 
 
 def _rise(record: Record, history: Sequence[Record], config: SearchConfig) -> Warnings:
-    rise = find_rise([*history, record], config.arch_weight_decay)
+    rise = find_rise([*history, record], config.arch_weight_decay, config.arch_warmup_epochs)
     if rise is None or config.early_stop != "off":
         return {}
     return {
@@ -132,9 +134,9 @@ def _rise(record: Record, history: Sequence[Record], config: SearchConfig) -> Wa
 
 def _undecided(record: Record, config: SearchConfig, specs: Mapping[str, CellSpec]) -> Warnings:
     shares = {
-        kind: value / math.log(len(specs[kind].primitives))
+        kind: value / most
         for kind, value in record["entropy"].items()
-        if len(specs[kind].primitives) > 1
+        if (most := _most_entropy(specs[kind])) > 0
     }
     if not shares or min(shares.values()) < 0.98:
         return {}
@@ -147,3 +149,8 @@ def _undecided(record: Record, config: SearchConfig, specs: Mapping[str, CellSpe
         f"{min(shares.values()):.1%} of what it can be), so that the genotype says little: try "
         f"{helps}"
     }
+
+
+def _most_entropy(spec: CellSpec) -> float:
+    """Mean over the edges of the entropy of equal weights, in nats."""
+    return sum(map(math.log, spec.candidates)) / max(spec.edges, 1)

@@ -41,7 +41,7 @@ class Rise:
     after: float
 
 
-def find_rise(records: Sequence[Record], weight_decay: float = 0.0) -> Rise | None:
+def find_rise(records: Sequence[Record], weight_decay: float = 0.0, rested: int = 0) -> Rise | None:
     """Whether the last measured eigenvalue completes a rise.
 
     The rule of R-DARTS (Zela et al., ICLR 2020, released code): the mean of the last 5 measurements
@@ -51,10 +51,12 @@ def find_rise(records: Sequence[Record], weight_decay: float = 0.0) -> Rise | No
     Args:
         records: of the epochs so far, with ``epoch`` and ``eigenvalue``, None where not measured.
         weight_decay: L2 factor of the alphas.
+        rested: first epochs, in which the alphas did not move; what is measured in them does not
+            count, for a rise there tells of the weights.
     """
     if not records or records[-1].get("eigenvalue") is None:
         return None
-    measured = [r for r in records if r.get("eigenvalue") is not None]
+    measured = [r for r in records if r.get("eigenvalue") is not None and r["epoch"] > rested]
     if len(measured) < LEAST_MEASUREMENTS or records[-1]["epoch"] < FIRST_EPOCH:
         return None
     values = [r["eigenvalue"] + weight_decay for r in measured[-LEAST_MEASUREMENTS:]]

@@ -22,7 +22,7 @@ import torch
 from fastnas.data import load
 from fastnas.data.interface import Data
 from fastnas.methods import ArchParameters, Method, Moment, Phase
-from fastnas.search.assembly import build_halves, build_learner, lay_out
+from fastnas.search.assembly import build_halves, build_learner, lay_out, noise_batch
 from fastnas.search.checkpoint import RandomState
 from fastnas.search.collapse import observe
 from fastnas.search.config import RUNTIME_FIELDS, SearchConfig
@@ -324,15 +324,10 @@ class Search(Resumable):
         learner, config = copy.deepcopy(self.learner), self.config
         lay_out(learner.supernet, layout)
         learner.supernet.train()
-
-        def batch() -> tuple[torch.Tensor, torch.Tensor]:
-            # What is on the images costs no time; reading them from a disk would.
-            source = self.halves.weights
-            x = torch.rand(source.batch_size, *source.image_shape, device=self.device)
-            y = torch.randint(self.data.num_classes, (len(x),), device=self.device)
-            return x.contiguous(memory_format=layout), y
-
-        train, val = batch(), batch()
+        train, val = (
+            noise_batch(self.halves.weights, self.data.num_classes, self.device, layout)
+            for _ in range(2)
+        )
         draw = None if config.epochs <= config.arch_warmup_epochs else lambda: val
         moment = self.moment("weights")
         return lambda: learner.method.iteration(learner, train, draw, moment)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning rates as closed forms of the epoch.
 
-Each value depends on the epoch alone, so a resumed run needs no scheduler state, and the porting
-trap of the DARTS scripts (a scheduler stepped at the start of the epoch skips the first value under
-recent PyTorch) cannot arise. Epochs count from 0; a rate is constant within an epoch.
+Each value depends on the epoch, whole or a fraction, alone, so a resumed run needs no scheduler
+state, and the porting trap of the DARTS scripts (a scheduler stepped at the start of the epoch
+skips the first value under recent PyTorch) cannot arise. Epochs count from 0.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def learning_rate(
     * ``exponential``: ``high decay^e`` (DARTS, training on ImageNet). ``low`` is not used.
     * ``constant``: ``high``.
 
-    In the first ``warmup_epochs`` epochs the rate is ``high (e + 1) / warmup_epochs`` instead; the
-    schedule itself is not shifted (PC-DARTS on ImageNet: 5 epochs).
+    In the first ``warmup_epochs`` epochs the rate is ``high (floor(e) + 1) / warmup_epochs``
+    instead; the schedule itself is not shifted (PC-DARTS on ImageNet: 5 epochs).
 
     Args:
         epoch: e, from 0; a fraction where the rate falls within an epoch.
@@ -57,7 +57,7 @@ def learning_rate(
     if epoch < 0:
         raise ValueError(f"learning_rate: expected an epoch of at least 0, but got {epoch}")
     if epoch < warmup_epochs:
-        return high * (epoch + 1) / warmup_epochs
+        return high * (math.floor(epoch) + 1) / warmup_epochs
     if schedule == "cosine":
         return cosine(epoch, epochs, high, low)
     if schedule == "linear":

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of every op of the library, by op: usual, unusual and empty ones."""
+
+from __future__ import annotations
+
+import ops_cases as cases
+import torch
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def tensors(count, shape, device, dtypes=(F32,), layouts=("contiguous",)):
+    return [
+        cases.make(shape, dtypes[k % len(dtypes)], layouts[k % len(layouts)], device, seed=k)
+        for k in range(count)
+    ]
+
+
+def norm_tail(channels, device, running=True):
+    """kinds, eps, affine, gammas, betas (and running statistics): batch, plain, running, affine."""
+    one = torch.ones(channels, device=device)
+    tail = [[1, 0, 2, 1], [1e-5, 0.0, 1e-5, 1e-3], [0, 0, 0, 1], [2 * one], [one.clone()]]
+    return [*tail, [one / 2], [3 * one]] if running else tail
+
+
+def samples(device):
+    """Arguments of every raw op, by name."""
+    both = ("channels_last", "contiguous")
+    size = (2, 3, 4, 5)
+    w4, c3 = torch.randn(4, device=device), torch.rand(4, 3, device=device)
+    for layouts in (("contiguous",), ("channels_last",), ("sliced_last", "expanded"), both):
+        for dtypes in ((F32,), (BF16,), (BF16, F32)):
+            xs = tensors(4, size, device, dtypes, layouts)
+            grad = tensors(1, size, device, (torch.promote_types(dtypes[0], dtypes[-1]),), layouts)[
+                0
+            ]
+            name = f"{'-'.join(layouts)}-{'-'.join(map(cases.ids, dtypes))}"
+            yield name, "mixed_sum", (xs, w4)
+            yield name, "mixed_sum_backward", (grad, xs, w4, [1, 0, 1, 1], True)
+            yield name, "mixed_batch_norm", (xs, w4, *norm_tail(3, device))
+            tail = norm_tail(3, device, running=False)
+            yield (
+                name,
+                "mixed_batch_norm_backward",
+                (grad, xs, w4, c3, c3 + 1, *tail, [1, 1, 0, 1], True),
+            )
+            for h, w in ((4, 5), (8, 10)):
+                dtype = F32 if h == 8 else dtypes[-1]  # wider than the candidates', or as they are
+                rest = tensors(1, (2, 6, h, w), device, (dtype,), layouts[-1:])[0]
+                wide = tensors(1, (2, 9, 4, 5), device, (grad.dtype,), layouts)[0]
+                yield f"{name}-{h}", "partial_channel_mix", (rest, xs, w4, 3, *norm_tail(3, device))
+                arguments = (wide, rest, [h, w], xs, w4, 3, c3, c3 + 1, *tail)
+                yield (
+                    f"{name}-{h}",
+                    "partial_channel_mix_backward",
+                    (*arguments, True, [1, 0, 1, 1], True),
+                )
+    nothing = [w4.new_empty(0)] * 4
+    grad, tail = tensors(1, size, device)[0], norm_tail(3, device, running=False)
+    yield "unsaved", "mixed_sum_backward", (grad, [], w4, [1, 0, 1, 1], False)
+    tail[0], tail[2], tail[3], tail[4] = [0, 0, 2, 2], [0] * 4, [], []
+    yield (
+        "unsaved",
+        "mixed_batch_norm_backward",
+        (grad, nothing, w4, c3, c3 + 1, *tail, [1] * 4, False),
+    )
+    wide = tensors(1, (2, 9, 4, 5), device)[0]
+    arguments = (wide, nothing[0], [4, 5], nothing, w4, 3, c3, c3 + 1, *tail)
+    yield "unsaved", "partial_channel_mix_backward", (*arguments, True, [1] * 4, False)
+    yield "unneeded", "partial_channel_mix_backward", (*arguments, False, [0] * 4, False)
+    empty = tensors(4, (0, 3, 4, 5), device, layouts=both)
+    yield "empty", "mixed_sum", (empty, w4)
+    yield "empty", "mixed_batch_norm", (empty, w4, *norm_tail(3, device))
+    logits, counts = torch.randn(3, 4, device=device), torch.tensor([4, 0, 2], device=device)
+    yield "one", "sample_paths", (logits, None, 1, 2, False)
+    yield "two", "sample_paths", (logits.bfloat16(), counts, -1, 2**40, True)
+    grad = torch.randn(3, 2, device=device)
+    first, second = (torch.tensor(i, device=device) for i in ([1, -1, 0], [2, -1, -1]))
+    yield "one", "sample_paths_backward", (grad, logits, None, first, second - 3 * (second > 0))
+    yield "two", "sample_paths_backward", (grad, logits.bfloat16(), counts, first, second)
+    xs = tensors(3, size, device, (F32, BF16), both)
+    yield "gates", "gate_gradient", (xs[0], xs[1:], w4, [1, 0, 0, 1])
+    yield "nothing", "gate_gradient", (xs[0], [], w4.double(), [0] * 4)
+    yield from depthwise_samples(device)
+    yield from norm_depthwise_samples(device)
+    yield from separable_samples(device)
+
+
+def depthwise_samples(device):
+    """Arguments of the two ops of depthwise_group."""
+    kernels = [cases.make((3, 1, k, k), F32, device=device, seed=k) for k in (3, 5, 1)]
+    for layout in ("contiguous", "channels_last", "sliced_last", "expanded"):
+        for dtype in (F32, BF16):
+            for stride, (h, w) in ((1, (4, 5)), (2, (7, 10))):
+                x = tensors(1, (2, 3, h, w), device, (dtype,), (layout,))[0]
+                grads = tensors(2, (2, 3, 4, 5), device, (dtype,), (layout,))
+                name = f"{layout}-{cases.ids(dtype)}-{stride}"
+                yield name, "depthwise_group", (x, kernels, [1, 2, 3], stride, stride == 1)
+                tail = ([h, w], kernels, [1, 2, 3], stride)
+                arguments = (grads, [1, 0, 1], x, *tail, True, True, [1, 1, 0])
+                yield name, "depthwise_group_backward", arguments
+                arguments = (grads, [1, 0, 1], x.new_empty(0), *tail, False, True, [0, 0, 0])
+                yield f"unsaved-{name}", "depthwise_group_backward", arguments
+                arguments = (grads, [1, 0, 1], x, *tail, True, False, [0, 0, 1])
+                yield f"weights-{name}", "depthwise_group_backward", arguments
+    empty = tensors(1, (0, 3, 4, 5), device)[0]
+    yield "empty", "depthwise_group", (empty, kernels[:1], [1], 1, True)
+    arguments = ([empty], [1], empty, [4, 5], kernels[:1], [1], 1, True, True, [1])
+    yield "empty", "depthwise_group_backward", arguments
+
+
+def norm_depthwise_samples(device):
+    """Arguments of the two ops of batch_norm_depthwise."""
+    kernels = [cases.make((3, 1, k, k), F32, device=device, seed=k) for k in (3, 5)]
+    mean, var = torch.randn(3, device=device), torch.rand(3, device=device) + 0.5
+    for layout in ("contiguous", "channels_last", "sliced_last"):
+        for dtype in (F32, BF16):
+            for kind, stride in ((1, 1), (2, 2)):
+                x = tensors(1, (2, 3, 6, 8), device, (dtype,), (layout,))[0]
+                affine = (None, None) if kind == 1 else (var, mean)
+                running = (None, None) if kind == 1 else (mean, var)
+                name = f"{layout}-{cases.ids(dtype)}-{kind}"
+                tail = (kernels, [1, 2], stride)
+                yield name, "batch_norm_depthwise", (x, kind, 0.1, *affine, *running, *tail)
+                shape = (2, 3, 6 // stride, 8 // stride)
+                grads = tensors(1, shape, device, (dtype,), (layout,))
+                first = (grads, [0, 1], x, mean, var, kind, 0.1, *affine, *tail)
+                yield name, "batch_norm_depthwise_backward", (*first, True, True, [0, 1])
+                yield name, "batch_norm_depthwise_backward", (*first, False, False, [1, 1])
+    empty = tensors(1, (0, 3, 4, 5), device)[0]
+    arguments = (empty, 1, 0.1, var, mean, None, None, kernels[:1], [1], 1)
+    yield "empty", "batch_norm_depthwise", arguments
+    arguments = ([empty], [1], empty, mean, var, 1, 0.1, var, mean, kernels[:1], [1], 1)
+    yield "empty", "batch_norm_depthwise_backward", (*arguments, True, True, [1])
+
+
+def separable_samples(device):
+    """Arguments of the two ops of separable_group, with channels that are fused and others."""
+    for channels in (4, 3):
+        kernels = [cases.make((channels, 1, k, k), F32, device=device, seed=k) for k in (3, 5)]
+        square = (channels, channels, 1, 1)
+        matrices = [cases.make(square, F32, device=device, seed=k) for k in (3, 5)]
+        mean, var = torch.randn(channels, device=device), torch.rand(channels, device=device) + 0.5
+        for layout in ("contiguous", "channels_last", "sliced_last"):
+            for dtype in (F32, BF16):
+                for kind, stride in ((0, 1), (1, 1), (2, 2)):
+                    x = tensors(1, (2, channels, 6, 8), device, (dtype,), (layout,))[0]
+                    affine = (None, None) if kind < 2 else (var, mean)
+                    running = (None, None) if kind < 2 else (mean, var)
+                    used = (mean, var) if kind else (mean[:0], var[:0])
+                    name = f"{layout}-{cases.ids(dtype)}-{kind}-{channels}"
+                    tail = (kernels, matrices, [1, 2], stride)
+                    yield name, "separable_group", (x, kind, 0.1, *affine, *running, *tail)
+                    shape = (2, channels, 6 // stride, 8 // stride)
+                    grads = tensors(1, shape, device, (dtype,), (layout,))
+                    first = (grads, [0, 1], x, *used, kind, 0.1, *affine, *tail)
+                    needs = (True, True, [0, 1], [0, 1])
+                    yield name, "separable_group_backward", (*first, *needs)
+                    needs = (False, False, [0, 1], [0, 0])
+                    yield name, "separable_group_backward", (*first, *needs)
+        empty = tensors(1, (0, channels, 4, 5), device)[0]
+        tail = (kernels[:1], matrices[:1], [1], 1)
+        yield "empty", "separable_group", (empty, 1, 0.1, var, mean, None, None, *tail)
+        first = ([empty], [1], empty, mean, var, 1, 0.1, var, mean, *tail)
+        yield "empty", "separable_group_backward", (*first, True, True, [1], [1])
