@@ -21,9 +21,9 @@ from fastnas.bench.machine import Work
 __all__ = [
     "Interleaved",
     "SavedBytes",
+    "evictor",
     "flusher",
     "interleave",
-    "overwriter",
     "peak_memory",
     "relative_error",
     "resident_memory",
@@ -31,7 +31,8 @@ __all__ = [
     "saved_bytes",
 ]
 
-#: Between two GPU measurements this much is overwritten, so that none finds its operands in L2.
+#: Between two GPU measurements this much is read, so that none finds its operands in L2. It is not
+#: written: lines that wait to be written back would be on the account of what is measured.
 _FLUSH_BYTES = 256 << 20
 _FLUSH = 50_000_000
 
@@ -43,16 +44,18 @@ def flusher(device: torch.device, work: Work | None) -> Callable[[], None]:
     """
     if device.type != "cuda" or work is None or work.bytes > _FLUSH:
         return lambda: None
-    return overwriter(torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device))
+    return evictor(device)
 
 
-def overwriter(buffer: Tensor) -> Callable[[], None]:
-    """What writes all of ``buffer`` whenever it is called."""
+def evictor(device: torch.device, size: int = _FLUSH_BYTES) -> Callable[[], None]:
+    """What reads ``size`` bytes of memory of its own whenever it is called."""
+    buffer = torch.zeros(size // 4, device=device)
+    total = torch.zeros((), device=device)
 
-    def overwrite() -> None:
-        buffer.zero_()
+    def evict() -> None:
+        torch.sum(buffer, dim=0, out=total)
 
-    return overwrite
+    return evict
 
 
 @dataclass

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What share of the copy bandwidth each op reaches: by shape, direction, memory format, precision.
 
-On a GPU a direction is recorded into a graph and replayed, so that it is the kernels that are timed
-and not Python; operands that would fit the L2 are flushed from it first. On a CPU (a rehearsal) it
-is called as it is, on small images. The folders benchmarks and tests have to be on PYTHONPATH.
+On a GPU a direction is recorded into a graph a few times, each after the L2 was emptied of its
+operands, and replayed; what a graph of the emptying alone takes is subtracted. So it is the kernels
+that are timed, and neither Python nor the launch of a graph. On a CPU (a rehearsal) it is called as
+it is, on small images. The folders benchmarks and tests have to be on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from torch import Tensor
 
 from fastnas import ops
 from fastnas._timing import synchronize, timed
-from fastnas.bench.machine import Work, describe_machine
-from fastnas.bench.measure import flusher
+from fastnas.bench.machine import describe_machine
+from fastnas.bench.measure import evictor
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16)
-MOST, LEAST, SECONDS = 60, 10, 0.15
+MOST, LEAST, SECONDS = 40, 10, 0.06
+REPEATS = 4  # in one graph
 
 Run = Callable[[], object]
 
@@ -96,43 +98,59 @@ def measure(case: Case, setting: Setting) -> list[tuple[str, float, int]]:
     found = []
     for name, (prepare, moved) in directions.items():
         timer = on_gpu if device.type == "cuda" else on_cpu
-        seconds = timer(prepare, device, flusher(device, Work(moved)))
-        found.append((name, statistics.median(seconds), moved))
+        seconds = timer(prepare, device)
+        found.append((name, seconds, moved))
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return found
 
 
-def on_cpu(prepare: Callable[[], Run], device: torch.device, before: Run) -> list[float]:
+def on_cpu(prepare: Callable[[], Run], device: torch.device) -> float:
     run = prepare()
     run()
-    return [timed(run, device) for _ in range(LEAST)]
+    return statistics.median(timed(run, device) for _ in range(LEAST))
 
 
-def on_gpu(prepare: Callable[[], Run], device: torch.device, before: Run) -> list[float]:
-    """Times of a replay, by the GPU's own clock."""
-    stream = torch.cuda.Stream(device)
+def on_gpu(prepare: Callable[[], Run], device: torch.device) -> float:
+    """Seconds of one run among others, by the GPU's own clock."""
+    stream, evict = torch.cuda.Stream(device), evictor(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     # A backward runs on the stream of its forward, which has to be the one that is recorded.
     with torch.cuda.stream(stream):
         run = prepare()
         for _ in range(3):
             run()
+            evict()
+
+    def both() -> None:
+        evict()
+        run()
+
+    long, short = (
+        statistics.median(replays(record(work, stream, device), device)) for work in (both, evict)
+    )
+    return max((long - short) / REPEATS, 1e-9)
+
+
+def record(work: Run, stream: torch.cuda.Stream, device: torch.device) -> torch.cuda.CUDAGraph:
     synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        kept = run()
+        for _ in range(REPEATS):
+            work()
+    return graph
+
+
+def replays(graph: torch.cuda.CUDAGraph, device: torch.device) -> list[float]:
     pairs = []
     stop = time.perf_counter() + SECONDS
     while len(pairs) < LEAST or (len(pairs) < MOST and time.perf_counter() < stop):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before()
         start.record()
         graph.replay()
         end.record()
         pairs.append((start, end))
     synchronize(device)
-    del kept
     return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 

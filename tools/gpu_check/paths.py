@@ -15,6 +15,8 @@ from phase import write
 from fastnas import ops
 
 EDGES, WIDTHS = 1024, (1, 2, 7, 32, 33, 64)
+#: float64 sums of up to 64 exponentials, in another order on each device, and two exponentials.
+MOST_EPS = 16
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SEEDS = (0, 1, (1 << 63) + 12345)
 STEPS = (0, 1, 1 << 40)
@@ -54,7 +56,7 @@ def main() -> int:
     found = compare(options.device)
     write(options.out, found)
     print(found)
-    return 0 if found["different"] == 0 and found["probability_error_in_eps"] <= 4 else 1
+    return 0 if found["different"] == 0 and found["probability_error_in_eps"] <= MOST_EPS else 1
 
 
 if __name__ == "__main__":

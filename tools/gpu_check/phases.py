@@ -26,6 +26,8 @@ SANITIZERS = {
     "initcheck": (),
     "synccheck": ("--kernel-name", "kns=fastnas"),
 }
+#: What measures no time runs side by side.
+_TOGETHER = "results"
 _PYTEST = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
@@ -54,8 +56,10 @@ def make_phases(device: str, work: Path) -> list[Phase]:
         work / f"{name}.json" for name in ("tests", "paths", "bandwidth", "ratios", "needs")
     )
     after = ("needs", "build")
-    # A file stays with one process: tests that fill the GPU are in one file.
-    parallel = ("-n", "6", "--dist", "loadfile") if find_spec("xdist") else ()
+    # A file stays with one process: tests that fill the GPU are in one file. The sanitizers, which
+    # run at the same time, keep four cores busy.
+    workers = max(2, min(10, (os.cpu_count() or 1) - 4))
+    parallel = ("-n", str(workers), "--dist", "loadfile") if find_spec("xdist") else ()
     phases = [
         Phase(
             "needs",
@@ -83,11 +87,26 @@ def make_phases(device: str, work: Path) -> list[Phase]:
             environment=built,
             result=paths,
             after=after,
+            group=_TOGETHER,
         ),
     ]
     if cuda:
         phases += [_sanitizer(tool, python("small_cases.py"), built) for tool in SANITIZERS]
     phases += [
+        Phase(
+            "tests",
+            "the suite on the device, the tests that use it first",
+            150,
+            pytest(
+                *(str(ROOT / "tests"), "-m", "gpu or not slow", "--outcomes", str(tests)),
+                *parallel,
+            ),
+            verdicts.tests,
+            environment=strict,
+            result=tests,
+            after=after,
+            group=_TOGETHER,
+        ),
         Phase(
             "bandwidth",
             "share of the copy bandwidth of every op: shape, direction, format, precision",
@@ -96,19 +115,6 @@ def make_phases(device: str, work: Path) -> list[Phase]:
             verdicts.bandwidth,
             environment=built,
             result=bandwidth,
-            after=after,
-        ),
-        Phase(
-            "tests",
-            "the suite on the device, the tests that use it first",
-            130,
-            pytest(
-                *(str(ROOT / "tests"), "-m", "gpu or not slow", "--outcomes", str(tests)),
-                *parallel,
-            ),
-            verdicts.tests,
-            environment=strict,
-            result=tests,
             after=after,
         ),
         Phase(
@@ -140,7 +146,7 @@ def _sanitizer(tool: str, program: tuple[str, ...], built: dict[str, str]) -> Ph
         # Each tensor an allocation of its own, so that its ends are known.
         environment={**built, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         after=("needs", "build"),
-        group="sanitizers",
+        group=_TOGETHER,
         missing="compute-sanitizer was not found (CUDA_HOME, PATH, /usr/local/cuda)",
     )
 
