@@ -32,8 +32,8 @@ PHASES = (
     "racecheck",
     "initcheck",
     "synccheck",
-    "bandwidth",
     "tests",
+    "bandwidth",
     "benchmarks",
 )
 NO_GPU = "No GPU figure exists yet: `python tools/gpu_check` has not been run on one."
