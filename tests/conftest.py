@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,13 @@ def _devices() -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Started in the background or under nohup, a process inherits that these are ignored.
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     # Two threads are what the smallest machine has: results that depend on their number show up,
     # and timings do not.
     torch.set_num_threads(2)
