@@ -12,12 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.methods.base import ArchParameters, Method, Moment
-from fastnas.methods.optimizers import (
-    follow_layout,
-    load_optimizer,
-    optimizer_state,
-    set_rate,
-)
+from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_state, set_rate
 from fastnas.spaces.base import CellGates, CellWeights
 
 Batch = tuple[Tensor, Tensor]
