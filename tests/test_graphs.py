@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,14 @@ from fastnas.methods import DA2SOptions, Darts, DartsOptions, Method, Proxyless
 from fastnas.methods.graphs import WARM_UP, GraphedLearner, GraphError, obstacle, with_graphs
 
 METHODS = pytest.mark.parametrize("name", ["darts", "pc_darts", "da2s"])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def assert_same(a, b) -> None:
@@ -55,8 +65,7 @@ def test_recording_does_nothing():
     train(one, WARM_UP)
     before = state_of(one)
     batch = next(batches())
-    step = one._weights
-    step._record(batch, None, "signature")
+    one._weights._record(super(GraphedLearner, one).weight_step, batch, None, "signature")
     assert all(torch.equal(value, before[name]) for name, value in state_of(one).items())
 
 
@@ -194,6 +203,26 @@ def test_a_copy_records_its_own_steps():
     other.forget()
     train(other, 2)
     assert other.reason == "it waits" and told == []
+
+
+def test_what_it_holds_goes_with_it():
+    class Forgetful(Tape):
+        def record(self, run):
+            run()
+            return Tape().record(lambda: None)
+
+    gc.collect()
+    gc.disable()
+    try:
+        one = learner("darts", Forgetful())
+        train(one, WARM_UP + 2)
+        other = copy.deepcopy(one)
+        train(other, WARM_UP + 2)
+        networks = [weakref.ref(each.supernet) for each in (one, other)]
+        del one, other
+        assert [network() for network in networks] == [None, None]
+    finally:
+        gc.enable()
 
 
 # --- what stands in the way ------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -169,9 +170,11 @@ def test_goes_on_after_a_checkpoint():
 def test_a_state_goes_on_on_another_device():
     there = on_gpu()
     train(there, 6)
-    state = there.state_dict()
     here = learner("pc_darts", build=darts_supernet)
-    here.load_state_dict(copy.deepcopy(state))
+    file = io.BytesIO()
+    torch.save(there.state_dict(), file)
+    file.seek(0)
+    here.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     train(here, 1)
     assert here.arch_optimizer.param_groups[0]["fused"] is None
     back = on_gpu()
@@ -192,15 +195,9 @@ def test_dropped_when_the_weights_move():
 
 def test_recordings_share_their_memory():
     one = on_gpu("darts")
-    train(one, WARM_UP, frozen=WARM_UP)
-    torch.cuda.empty_cache()
-    train(one, 1, frozen=WARM_UP + 1)
-    after_one = torch.cuda.memory_reserved()
-    train(one, WARM_UP + 1)
-    torch.cuda.empty_cache()
+    train(one, WARM_UP + 2)
     weights, architecture = one._weights._recorded, one._architecture._recorded
     assert weights.recording.pool() == architecture.recording.pool()
-    assert torch.cuda.memory_reserved() < 1.5 * after_one
 
 
 # --- what stands in the way ------------------------------------------------------------------

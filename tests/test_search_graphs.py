@@ -144,8 +144,8 @@ def test_on_a_cpu() -> None:
 @GPU
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("method", ["darts", "pc_darts"])
-def test_a_search_on_a_gpu(method, amp) -> None:
-    torch.backends.cudnn.deterministic = True
+def test_a_search_on_a_gpu(monkeypatch, method, amp) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     options = {"options": PCDartsOptions(partial_channels=2)} if method == "pc_darts" else {}
     settings = config(method, "darts", epochs=4, device="cuda", amp=amp, **options)
     progress = Notes()

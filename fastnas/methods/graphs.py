@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 Graphs = Literal["auto", "on", "off"]
+
+Run = Callable[[Batch, Moment], Outcome]
 
 WARM_UP = 3
 """Eager steps before one is recorded: libraries choose their algorithms in them."""
@@ -77,13 +80,11 @@ class _Step:
 
     def __init__(
         self,
-        run: Callable[[Batch, Moment], Outcome],
         optimizer: torch.optim.Optimizer,
         recorder: Recorder,
         addresses: Callable[[], list[int]],
     ) -> None:
-        self._run, self._optimizer, self._recorder = run, optimizer, recorder
-        self._addresses = addresses
+        self._optimizer, self._recorder, self._addresses = optimizer, recorder, addresses
         self.forget()
 
     def forget(self) -> None:
@@ -97,8 +98,10 @@ class _Step:
         if self._recorded is not None and self._recorded.addresses != self._addresses():
             self.forget()
 
-    def __call__(self, batch: Batch, moment: Moment, key: Hashable) -> tuple[Outcome, str | None]:
-        """Make the step; also says what stands in the way of a recording, None for nothing."""
+    def __call__(
+        self, run: Run, batch: Batch, moment: Moment, key: Hashable
+    ) -> tuple[Outcome, str | None]:
+        """Make the step ``run``; also says what stands in the way of a recording."""
         signature = (key, *((t.shape, t.stride(), t.dtype) for t in batch))
         if self._recorded is not None and self._recorded.signature == signature:
             self._last = signature
@@ -107,31 +110,31 @@ class _Step:
             self._last, self._count = signature, 0
         self._count += 1
         if self._count <= WARM_UP:
-            return self._eager(batch, moment)
-        return self._record(batch, moment, signature).replay(batch), None
+            return self._eager(run, batch, moment)
+        return self._record(run, batch, moment, signature).replay(batch), None
 
-    def _eager(self, batch: Batch, moment: Moment) -> tuple[Outcome, str | None]:
+    def _eager(self, run: Run, batch: Batch, moment: Moment) -> tuple[Outcome, str | None]:
         found: list[Outcome] = []
-        complaint = self._recorder.warm_up(lambda: found.append(self._run(batch, moment)))
+        complaint = self._recorder.warm_up(lambda: found.append(run(batch, moment)))
         self._sample = found[0]
         # The first step sets up what the device has to be waited for once.
         return found[0], complaint if self._count > 1 else None
 
-    def _record(self, batch: Batch, moment: Moment, signature: Hashable) -> _Recorded:
+    def _record(self, run: Run, batch: Batch, moment: Moment, signature: Hashable) -> _Recorded:
         # Its memory is for the new one.
         self._recorded = None
         inputs = (torch.empty_like(batch[0]), torch.empty_like(batch[1]))
         loss, correct = map(torch.empty_like, (self._sample.loss, self._sample.correct))
 
-        def run() -> None:
-            outcome = self._run(inputs, moment)
+        def recorded() -> None:
+            outcome = run(inputs, moment)
             # Out of the memory that recordings share.
             loss.copy_(outcome.loss)
             correct.copy_(outcome.correct)
 
         try:
             with _capturable(self._optimizer):
-                recording = self._recorder.record(run)
+                recording = self._recorder.record(recorded)
         # Whatever it is: a step that is wrong in itself fails once more when it is made eagerly.
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -163,13 +166,12 @@ class GraphedLearner(Learner):
         self._begin()
 
     def _begin(self) -> None:
-        def step(
-            run: Callable[[Batch, Moment], Outcome], optimizer: torch.optim.Optimizer
-        ) -> _Step:
-            return _Step(run, optimizer, self.recorder, lambda: _addresses(self, optimizer))
+        def step(optimizer: torch.optim.Optimizer) -> _Step:
+            # Without a reference to the learner: what it holds of the device goes with it at once.
+            where = functools.partial(_addresses, self.supernet, self.arch, optimizer)
+            return _Step(optimizer, self.recorder, where)
 
-        self._weights = step(super().weight_step, self.weight_optimizer)
-        self._architecture = step(super().architecture_step, self.arch_optimizer)
+        self._weights, self._architecture = map(step, (self.weight_optimizer, self.arch_optimizer))
         self._checked: int | None = None
 
     @property
@@ -210,9 +212,7 @@ class GraphedLearner(Learner):
         other._begin()
         return other
 
-    def _make(
-        self, step: _Step, eager: Callable[[Batch, Moment], Outcome], batch: Batch, moment: Moment
-    ) -> Outcome:
+    def _make(self, step: _Step, eager: Run, batch: Batch, moment: Moment) -> Outcome:
         if self.reason is None and moment.epoch != self._checked:
             self._checked = moment.epoch
             self._check()
@@ -220,7 +220,7 @@ class GraphedLearner(Learner):
             return eager(batch, moment)
         try:
             key = (self.supernet.training, self.method.graph_key(moment))
-            outcome, complaint = step(batch, moment, key)
+            outcome, complaint = step(eager, batch, moment, key)
         except _NotRecorded as error:
             self._give_up(str(error))
             return eager(batch, moment)
@@ -307,10 +307,10 @@ def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             group["capturable"] = value
 
 
-def _addresses(learner: Learner, optimizer: torch.optim.Optimizer) -> list[int]:
+def _addresses(supernet: nn.Module, arch: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
     """Where everything lies that a step with this optimizer reads and writes, but for images."""
-    tensors = [*learner.supernet.parameters(), *learner.supernet.buffers()]
-    tensors += [*learner.arch.parameters(), *(group["lr"] for group in optimizer.param_groups)]
+    tensors = [*supernet.parameters(), *supernet.buffers(), *arch.parameters()]
+    tensors += [group["lr"] for group in optimizer.param_groups]
     for state in optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
     return [tensor.data_ptr() for tensor in tensors]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable
@@ -74,23 +75,28 @@ class CudaRecorder:
         Raises:
             RuntimeError: something in ``run`` cannot be recorded, or the memory is not enough.
         """
-        graph, stream = torch.cuda.CUDAGraph(), self._side()
         others = list(self._alive)
-        pool = others[0].pool() if others else None
-        before = torch.cuda.current_stream(self._device)
         try:
-            # Other threads load images meanwhile, which is no concern of the recording's.
-            with (
-                torch.cuda.device(self._device),
-                torch.cuda.graph(
-                    graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-                ),
-            ):
-                run()
-        finally:
-            # A recording that fails leaves its own stream the current one.
-            torch.cuda.set_stream(before)
+            graph = self._graph(run, others[0].pool() if others else None)
+        except Exception:
+            # What the driver gave up leaves the random generators in a recording: one more ends it.
+            with contextlib.suppress(RuntimeError):
+                self._graph(lambda: torch.zeros(1, device=self._device), None)
+            raise
         self._alive.add(graph)
+        return graph
+
+    def _graph(self, run: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+        graph, stream = torch.cuda.CUDAGraph(), self._side()
+        with torch.cuda.device(self._device):
+            before = torch.cuda.current_stream()
+            try:
+                # Other threads load images meanwhile, which is no concern of the recording's.
+                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                    run()
+            finally:
+                # A recording that fails leaves its own stream the current one.
+                torch.cuda.set_stream(before)
         return graph
 
     def _side(self) -> torch.cuda.Stream:

@@ -103,7 +103,8 @@ class Search(Resumable):
         self.random = RandomState(config.seed, self.device)
         with self.random.use():
             learner = build_learner(self.data, config, self.device)
-        self.learner = with_graphs(learner, config.cuda_graphs, self._note_eager)
+        self._remarks: list[str] = []
+        self.learner = with_graphs(learner, config.cuda_graphs, self._remarks.append)
         self._train, self._arch = Meter(self.device), Meter(self.device)
         self._pace = Pace()
         self._seconds = 0.0
@@ -209,6 +210,8 @@ class Search(Resumable):
             self.learner.set_rate(self._learning_rate(self.step))
             outcome, arch_outcome = self.method.iteration(self.learner, batch, draw, moment)
             self.step += 1
+            while self._remarks:
+                self._tell(self.progress.note, f"CUDA graphs: off, {self._remarks.pop()}")
             self._train.add(outcome, self.step)
             if arch_outcome is not None:
                 self._arch.add(arch_outcome, self.step)
@@ -341,9 +344,6 @@ class Search(Resumable):
     def _lay_out(self, layout: torch.memory_format) -> None:
         self.halves.lay_out(layout)
         self.learner.lay_out(layout)
-
-    def _note_eager(self, reason: str) -> None:
-        self._tell(self.progress.note, f"CUDA graphs: off, {reason}")
 
     # --- files and state ---------------------------------------------------------------------
 
