@@ -65,9 +65,9 @@ class Cuda:
         assert capture_error_mode == "thread_local"
         graph.used = object() if pool is None else pool
         self.pools.append(pool)
-        self.current = stream
+        before, self.current = self.current, stream
         yield  # as PyTorch's, it leaves its stream the current one after an error
-        self.current = self.main
+        self.current = before
 
 
 @pytest.fixture
