@@ -126,6 +126,13 @@ def test_a_trial_of_formats_times_replays(tape, monkeypatch) -> None:
     search._choose_layout()
     assert timed and set(timed) == {2}
     assert search.learner.recorder.recorded == 0
+    # A run of 2 epochs of 3 steps, of which the first ones of a trial are eager.
+    for least, trials in ((1, True), (2, False)):
+        monkeypatch.setattr(layout, "LEAST_STEPS", least)
+        timed.clear()
+        again = Search(config("darts", memory_format="auto"), data=images(), progress=QUIET)
+        again._choose_layout()
+        assert bool(timed) == trials
 
 
 def test_on_a_cpu() -> None:

@@ -254,18 +254,20 @@ def with_graphs(learner: Learner, mode: Graphs, tell: Callable[[str], None]) -> 
         learner: on its device.
         mode: ``auto`` on a CUDA device where the steps can be recorded; ``on``: anything else is an
             error; ``off``: not at all.
-        tell: told why they are not, where ``auto`` finds that out.
+        tell: told why they are not, now or when that is found out.
 
     Raises:
         ValueError: ``on``, and something is known to stand in the way.
     """
     device = next(learner.supernet.parameters()).device
-    if mode == "on":
-        here = device.type == "cuda"
-        reason = obstacle(learner) if here else f"there are none on a device {device.type!r}"
-        if reason is not None:
+    if mode == "off" or (mode == "auto" and device.type != "cuda"):
+        return learner
+    here = device.type == "cuda"
+    reason = obstacle(learner) if here else f"there are none on a device {device.type!r}"
+    if reason is not None:
+        if mode == "on":
             raise ValueError(f"cuda_graphs: expected auto or off, but got 'on': {reason}")
-    if mode == "off" or device.type != "cuda":
+        tell(reason)
         return learner
     values = {f.name: getattr(learner, f.name) for f in dataclasses.fields(learner)}
     return GraphedLearner(**values, recorder=CudaRecorder(device), demanded=mode == "on", tell=tell)

@@ -341,6 +341,10 @@ class Search(Resumable):
             step()
         return step
 
+    @property
+    def _lead(self) -> int:
+        return self.learner.lead
+
     def _lay_out(self, layout: torch.memory_format) -> None:
         self.halves.lay_out(layout)
         self.learner.lay_out(layout)
