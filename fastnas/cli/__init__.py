@@ -130,9 +130,10 @@ def _leave_stdout() -> None:
 
 def _is_user_error(error: Exception) -> bool:
     """Whether it was raised where a user's value, file or environment enters."""
+    from fastnas.methods.graphs import GraphError
     from fastnas.search import CheckpointError, NonFiniteLossError
 
-    kinds = (ValueError, OSError, ImportError, CheckpointError, NonFiniteLossError)
+    kinds = (ValueError, OSError, ImportError, CheckpointError, GraphError, NonFiniteLossError)
     return isinstance(error, kinds) or _is_out_of_memory(error)
 
 

@@ -29,6 +29,7 @@ from fastnas.evaluate.result import (
 )
 from fastnas.evaluate.source import GenotypeSource, find_genotype, space_of
 from fastnas.methods import Outcome
+from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_state, set_rate, sgd
 from fastnas.search.assembly import lay_out, noise_batch
 from fastnas.search.checkpoint import RandomState, save_checkpoint
 from fastnas.search.files import write_json, write_text
@@ -136,13 +137,8 @@ class Evaluation(Resumable):
         self.network.to(self.device)
         lay_out(self.network, memory_layout(c.memory_format, self.device))
         self._parameters = list(self.network.parameters())
-        self.optimizer = torch.optim.SGD(
-            self._parameters,
-            c.lr,
-            momentum=c.momentum,
-            weight_decay=c.weight_decay,
-            # One pass over hundreds of small tensors instead of several.
-            fused=self.device.type in ("cpu", "cuda"),
+        self.optimizer = sgd(
+            self._parameters, c.lr, momentum=c.momentum, weight_decay=c.weight_decay
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
         self._criterion = nn.CrossEntropyLoss(label_smoothing=c.label_smoothing)
@@ -193,7 +189,7 @@ class Evaluation(Resumable):
             decay=c.lr_decay,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            set_rate(group, lr)
         # Rises linearly and stays just below its limit.
         drop_path = c.drop_path * self.epoch / c.epochs
         if "drop_path" in get_space(self.source.space).network_fields:
@@ -225,6 +221,7 @@ class Evaluation(Resumable):
         )
         trial._parameters = list(trial.network.parameters())
         lay_out(trial.network, layout)
+        follow_layout(trial.optimizer)
         trial.network.train()
         x, y = noise_batch(self._batches, self.data.num_classes, self.device, layout)
         return lambda: trial._train_step(x, y)
@@ -232,6 +229,7 @@ class Evaluation(Resumable):
     def _lay_out(self, layout: torch.memory_format) -> None:
         self._batches.memory_format = self._tests.memory_format = layout
         lay_out(self.network, layout)
+        follow_layout(self.optimizer)
 
     def _train_step(self, x: Tensor, y: Tensor) -> Outcome:
         c = self.config
@@ -363,7 +361,7 @@ class Evaluation(Resumable):
             "history": list(self.history),
             "best": self.best,
             "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
             "scaler": self._scaler.state_dict(),
             "meter": self._train.state_dict(),
             "random": self.random.state_dict(),
@@ -379,7 +377,7 @@ class Evaluation(Resumable):
         if state["genotype"] != self.source.genotype.to_dict():
             raise ValueError("it is of another genotype (has the search gone on since?)")
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self._train.load_state_dict(state["meter"])
         self.random.load_state_dict(state["random"])

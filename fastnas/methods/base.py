@@ -11,7 +11,7 @@ become the weights of the mixed ops (:meth:`Method.weights`), which extra loss t
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
@@ -334,6 +334,17 @@ class Method(abc.ABC):
         """Step the architecture parameters down the validation loss (first order)."""
         return learner.architecture_step(val, moment)
 
+    def graph_obstacle(self) -> str | None:
+        """Why steps cannot be recorded as CUDA graphs; None where all run the same kernels.
+
+        In a step nothing may then be read or drawn by the host, or bound to a new tensor.
+        """
+        return f"the method {self.name!r} does not say that its steps can be recorded"
+
+    def graph_key(self, moment: Moment) -> Hashable:
+        """What a step takes from schedules; where that changes, a step is recorded anew."""
+        return None
+
     def evaluate(self, learner: Learner, batch: Batch, moment: Moment) -> Outcome:
         """Test the supernet on a batch; it is in eval mode, and is left so."""
         return learner.evaluate(batch, moment)
@@ -386,8 +397,3 @@ def softmax_per_node(beta: Tensor, spec: CellSpec) -> Tensor:
 def _mean_entropy(logits: Tensor) -> Tensor:
     # entr(0) is 0, also where a logit is -inf.
     return torch.special.entr(torch.softmax(logits.float(), dim=-1)).sum(dim=-1).mean()
-
-
-def trainable(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a module that require gradients."""
-    return (p for p in module.parameters() if p.requires_grad)

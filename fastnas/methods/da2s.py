@@ -17,7 +17,7 @@ of the other kind; here each kind has its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -35,6 +35,7 @@ from fastnas.methods.base import (
 from fastnas.methods.continuation import ContinuationName, continuation
 from fastnas.methods.edge_target import EdgeGroup, EdgeTarget
 from fastnas.methods.learner import Batch, Learner, Outcome
+from fastnas.methods.optimizers import set_rate
 from fastnas.methods.target import CostTerm
 from fastnas.spaces.base import CellSpec, CellWeights, Space
 
@@ -250,21 +251,39 @@ class DA2S(Method):
 
     def objective(self, loss: Tensor, arch: ArchParameters, moment: Moment) -> Tensor:
         """The loss of the task and, weighted by the schedules, those of candidates and edges."""
+        whole, op_weight, edge_weight = self._grown(moment)
+        ops = op_weight * self.operation_loss(arch)
+        edges = edge_weight * self.edge_loss(arch)
+        return loss + whole * (ops + edges)
+
+    def _grown(self, moment: Moment) -> tuple[float, float, float]:
+        """Weights, as of now, of the second loss and of the terms of candidates and edges in it."""
         o = self.options
+        weights = (
+            (o.aux_weight, o.schedule),
+            (o.op_weight, o.op_schedule),
+            (o.edge_weight, o.edge_schedule),
+        )
+        whole, ops, edges = (
+            weight * continuation(name, moment.epoch + 1, moment.epochs, o.delay)
+            for weight, name in weights
+        )
+        return whole, ops, edges
 
-        def grown(name: str) -> float:
-            return continuation(name, moment.epoch + 1, moment.epochs, o.delay)
+    def graph_obstacle(self) -> str | None:
+        """None: a step is the same in all iterations of an epoch."""
+        return None
 
-        ops = o.op_weight * grown(o.op_schedule) * self.operation_loss(arch)
-        edges = o.edge_weight * grown(o.edge_schedule) * self.edge_loss(arch)
-        return loss + o.aux_weight * grown(o.schedule) * (ops + edges)
+    def graph_key(self, moment: Moment) -> Hashable:
+        """What the architecture's loss and rates take from schedules of the epoch."""
+        return self._grown(moment) if moment.phase == "architecture" else None
 
     def architecture_step(
         self, learner: Learner, train: Batch, val: Batch, moment: Moment
     ) -> Outcome:
         """First-order step; a learning rate of 0 holds the alphas while Adam learns its moments."""
         alphas, betas = learner.arch_optimizer.param_groups
-        alphas["lr"] = 0.0 if moment.epoch < self.options.alpha_warmup_epochs else betas["lr"]
+        set_rate(alphas, 0.0 if moment.epoch < self.options.alpha_warmup_epochs else betas["lr"])
         return learner.architecture_step(val, moment)
 
     def scores(self, arch: ArchParameters) -> dict[str, Tensor]:

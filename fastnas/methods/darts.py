@@ -22,7 +22,6 @@ from fastnas.methods.base import (
     Moment,
     normal_logits,
     register_method,
-    trainable,
 )
 from fastnas.methods.learner import Batch, Learner, Outcome, preserved
 from fastnas.spaces.base import CellWeights
@@ -77,6 +76,12 @@ class Darts(Method):
         """``softmax(alpha)`` per edge (section 2.4)."""
         return {kind: torch.softmax(arch.alpha(kind), dim=-1) for kind in self.specs}
 
+    def graph_obstacle(self) -> str | None:
+        """Of the second order the host reads a norm; of a target it holds the costs."""
+        if cast(DartsOptions, self.options).order == "second":
+            return "the second order reads a norm in every step"
+        return None if self.term is None else "a target's costs are kept by the host"
+
     def architecture_step(
         self, learner: Learner, train: Batch, val: Batch, moment: Moment
     ) -> Outcome:
@@ -102,7 +107,7 @@ class Darts(Method):
             outcomes.append(outcome)
             return self.objective(loss, learner.arch, moment)
 
-        weights = list(trainable(learner.supernet))
+        weights = [p for p in learner.supernet.parameters() if p.requires_grad]
         # All four passes are made at trial weights or repeat the batch of the weight step, so
         # running statistics of BatchNorm are put back along with the weights.
         with preserved(learner.supernet):
@@ -185,4 +190,4 @@ def _sgd_settings(
     for weight in weights:
         buffer = optimizer.state.get(weight, {}).get("momentum_buffer")
         terms.append(None if buffer is None else buffer * group["momentum"])
-    return group["lr"], group["weight_decay"], terms
+    return float(group["lr"]), group["weight_decay"], terms

@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastnas.methods.base import ArchParameters, Method, Moment
+from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_state, set_rate
 from fastnas.spaces.base import CellGates, CellWeights
 
 Batch = tuple[Tensor, Tensor]
@@ -60,6 +61,11 @@ class Learner:
     amp: torch.dtype | None = None
     scaler: torch.amp.GradScaler | None = None
     weight_criterion: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def lead(self) -> int:
+        """Steps until they take the time that they are going to take, but for the very first."""
+        return 0
 
     def forward(
         self,
@@ -138,6 +144,37 @@ class Learner:
             nn.utils.clip_grad_norm_(parameters, self.arch_grad_clip)
         self.arch_optimizer.step()
         self.arch_optimizer.zero_grad(set_to_none=True)
+
+    def set_rate(self, rate: float) -> None:
+        """Give the weights a learning rate."""
+        for group in self.weight_optimizer.param_groups:
+            set_rate(group, rate)
+
+    def lay_out(self, layout: torch.memory_format) -> None:
+        """Bring weights and their momentum into a memory format; they stay the same parameters."""
+        self.supernet.to(memory_format=layout)  # type: ignore[call-overload]  # missing in the stubs
+        follow_layout(self.weight_optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, architecture, method, optimizers and loss scale; tensors are not copied."""
+        return {
+            "supernet": self.supernet.state_dict(),
+            "arch": self.arch.state_dict(),
+            "method": self.method.state_dict(),
+            "weight_optimizer": optimizer_state(self.weight_optimizer),
+            "arch_optimizer": optimizer_state(self.arch_optimizer),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of :meth:`state_dict`, which may hold other keys beside."""
+        self.supernet.load_state_dict(state["supernet"])
+        self.arch.load_state_dict(state["arch"])
+        self.method.load_state_dict(state["method"])
+        load_optimizer(self.weight_optimizer, state["weight_optimizer"])
+        load_optimizer(self.arch_optimizer, state["arch_optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
 
     def evaluate(self, batch: Batch, moment: Moment) -> Outcome:
         """Forward pass without gradients; the caller puts the supernet into eval mode."""

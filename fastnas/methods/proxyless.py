@@ -263,6 +263,10 @@ class Proxyless(Method):
             return (i + 1) * n // length - i * n // length
         return options.arch_steps if (i + 1) % options.arch_every == 0 else 0
 
+    def graph_obstacle(self) -> str | None:
+        """Each iteration runs another path of the network."""
+        return "every step runs another path of the network, which the host reads"
+
     def architecture_step(
         self, learner: Learner, train: Batch, val: Batch, moment: Moment
     ) -> Outcome:

@@ -13,6 +13,7 @@ from fastnas.costs import Cost
 from fastnas.data import Endless, EpochBatches, ImageData
 from fastnas.data.interface import Data
 from fastnas.methods import CostTerm, Learner, Target
+from fastnas.methods.optimizers import adam, sgd
 from fastnas.search.config import SearchConfig, method_class
 from fastnas.search.runtime import amp_dtype, memory_layout
 from fastnas.spaces import get_space
@@ -109,7 +110,7 @@ def _check_classes(what: str, labels: Tensor, part: Tensor) -> None:
 
 
 def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Learner:
-    """Supernet, method, architecture parameters and optimizers, newly initialised."""
+    """Supernet, method, architecture parameters and optimizers, newly initialised; eager steps."""
     method_type = method_class(config.method)
     # Not every space knows another way; one that does not was refused by the configuration.
     memory = {} if config.memory == "default" else {"memory": config.memory}
@@ -131,14 +132,14 @@ def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Lea
         supernet,
         arch,
         method,
-        torch.optim.SGD(
+        sgd(
             supernet.parameters(),
             config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         ),
-        torch.optim.Adam(
+        adam(
             method.parameter_groups(arch),
             config.arch_lr,
             betas=config.arch_betas,

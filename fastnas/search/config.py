@@ -19,6 +19,7 @@ import tyro
 
 from fastnas.data import DEFAULT, Augment
 from fastnas.methods import METHODS, MethodOptions, Target
+from fastnas.methods.graphs import Graphs
 from fastnas.methods.target import Form
 from fastnas.nn.recompute import Memory
 from fastnas.search.early_stop import FIRST_EPOCH, LEAST_MEASUREMENTS
@@ -129,10 +130,13 @@ class SearchConfig:
     """Mixed precision of the supernet."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Layout of images and weights; auto times both at the start and keeps the faster one. Runs of
-    less than 400 steps take channels_last on a CPU and contiguous elsewhere without a trial."""
+    less than 400 steps (2000 replayed) take channels_last on a CPU and contiguous elsewhere."""
     memory: Memory = "default"
     """low keeps less of a forward for its backward, which computes again what is cheap: the same
     numbers from less memory, in 1.05 to 1.3 times the time."""
+    cuda_graphs: Graphs = "auto"
+    """Replay recorded steps on a GPU, for the same numbers without the time of thousands of
+    launches; auto does so where it can, and says why where not."""
     deterministic: bool = False
     """Allow only deterministic algorithms of PyTorch (on a GPU; slower)."""
     threads: int = 0
@@ -296,9 +300,10 @@ class SearchConfig:
         return from_dict(cls, data, where)
 
 
-# Fields that may differ between a run and its continuation: they name places and means, not the
-# search itself. (Another device, or number of threads, may change the last bits.)
-RUNTIME_FIELDS = frozenset({"out", "resume", "device", "memory", "threads", "log_every", "gap"})
+# Fields that a continuation may change: places and means. (Last bits may, of device and threads.)
+RUNTIME_FIELDS = frozenset(
+    ("out", "resume", "device", "memory", "threads", "log_every", "gap", "cuda_graphs")
+)
 
 _NOT_NEGATIVE = (
     *("lr", "lr_min", "lr_warmup_epochs", "momentum", "weight_decay", "grad_clip"),

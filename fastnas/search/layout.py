@@ -21,7 +21,10 @@ __all__ = ["LEAST_STEPS", "LayoutChoice", "choose_layout"]
 Step = Callable[[], object]
 
 LEAST_STEPS = 400
-"""Shorter runs get no trial: two steps of each format would be more than a hundredth of them."""
+"""Shorter runs get no trial: two steps of each format would be more than a hundredth of them.
+
+Where steps are recorded and replayed, that many times the steps until then and one more.
+"""
 
 _SHARE = 0.02
 _ROUNDS = 5
@@ -43,20 +46,23 @@ def choose_layout(
     steps: int,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
+    lead: int = 0,
 ) -> LayoutChoice | None:
     """Choose ``contiguous`` or ``channels_last`` for a run.
 
     Args:
-        begin: sets up a copy of the run in a format; what it returns makes one step of it.
+        begin: sets up a copy of the run in a format; what it returns makes one step of it, which
+            takes as long as the later ones.
         steps: steps of the whole run.
         device: where it runs.
         stop: asked between the steps; the trial ends when it says so.
+        lead: steps that ``begin`` makes for that.
 
     Returns:
         The choice; None if ``stop`` ended the trial.
     """
     usual = _name(memory_layout("auto", device))
-    if steps < LEAST_STEPS:
+    if steps < LEAST_STEPS * (1 + lead):
         return LayoutChoice(usual, None)
     other = "contiguous" if usual == "channels_last" else "channels_last"
     trial = _Trial(device, stop)

@@ -22,7 +22,8 @@ import torch
 from fastnas.data import load
 from fastnas.data.interface import Data
 from fastnas.methods import ArchParameters, Method, Moment, Phase
-from fastnas.search.assembly import build_halves, build_learner, lay_out, noise_batch
+from fastnas.methods.graphs import with_graphs
+from fastnas.search.assembly import build_halves, build_learner, noise_batch
 from fastnas.search.checkpoint import RandomState
 from fastnas.search.collapse import observe
 from fastnas.search.config import RUNTIME_FIELDS, SearchConfig
@@ -101,7 +102,9 @@ class Search(Resumable):
         self.steps_per_epoch = len(self.halves.weights)
         self.random = RandomState(config.seed, self.device)
         with self.random.use():
-            self.learner = build_learner(self.data, config, self.device)
+            learner = build_learner(self.data, config, self.device)
+        self._remarks: list[str] = []
+        self.learner = with_graphs(learner, config.cuda_graphs, self._remarks.append)
         self._train, self._arch = Meter(self.device), Meter(self.device)
         self._pace = Pace()
         self._seconds = 0.0
@@ -204,11 +207,11 @@ class Search(Resumable):
         clock = time.perf_counter()
         for batch in self.halves.weights.iterate(self.epoch, self.step):
             moment = self.moment("weights")
-            rate = self._learning_rate(self.step)
-            for group in self.learner.weight_optimizer.param_groups:
-                group["lr"] = rate
+            self.learner.set_rate(self._learning_rate(self.step))
             outcome, arch_outcome = self.method.iteration(self.learner, batch, draw, moment)
             self.step += 1
+            while self._remarks:
+                self._tell(self.progress.note, f"CUDA graphs: off, {self._remarks.pop()}")
             self._train.add(outcome, self.step)
             if arch_outcome is not None:
                 self._arch.add(arch_outcome, self.step)
@@ -322,7 +325,7 @@ class Search(Resumable):
 
     def _trial(self, layout: torch.memory_format) -> Step:
         learner, config = copy.deepcopy(self.learner), self.config
-        lay_out(learner.supernet, layout)
+        learner.lay_out(layout)
         learner.supernet.train()
         train, val = (
             noise_batch(self.halves.weights, self.data.num_classes, self.device, layout)
@@ -330,17 +333,26 @@ class Search(Resumable):
         )
         draw = None if config.epochs <= config.arch_warmup_epochs else lambda: val
         moment = self.moment("weights")
-        return lambda: learner.method.iteration(learner, train, draw, moment)
+
+        def step() -> object:
+            return learner.method.iteration(learner, train, draw, moment)
+
+        for _ in range(learner.lead):
+            step()
+        return step
+
+    @property
+    def _lead(self) -> int:
+        return self.learner.lead
 
     def _lay_out(self, layout: torch.memory_format) -> None:
         self.halves.lay_out(layout)
-        lay_out(self.supernet, layout)
+        self.learner.lay_out(layout)
 
     # --- files and state ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how the search goes on; tensors are not copied."""
-        learner = self.learner
         return {
             "config": self.config.to_dict(),
             "data": data_identity(self.data),
@@ -348,12 +360,7 @@ class Search(Resumable):
             "step": self.step,
             "seconds": self._seconds,
             "history": list(self.history),
-            "supernet": learner.supernet.state_dict(),
-            "arch": learner.arch.state_dict(),
-            "method": learner.method.state_dict(),
-            "weight_optimizer": learner.weight_optimizer.state_dict(),
-            "arch_optimizer": learner.arch_optimizer.state_dict(),
-            "scaler": None if learner.scaler is None else learner.scaler.state_dict(),
+            **self.learner.state_dict(),
             "architecture_batches": self.halves.architecture.state_dict(),
             "meters": [self._train.state_dict(), self._arch.state_dict()],
             "random": self.random.state_dict(),
@@ -366,14 +373,7 @@ class Search(Resumable):
             ValueError: it is of a search with another configuration or other data.
         """
         self._check_state(state, self.data)
-        learner = self.learner
-        learner.supernet.load_state_dict(state["supernet"])
-        learner.arch.load_state_dict(state["arch"])
-        learner.method.load_state_dict(state["method"])
-        learner.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        learner.arch_optimizer.load_state_dict(state["arch_optimizer"])
-        if learner.scaler is not None:
-            learner.scaler.load_state_dict(state["scaler"])
+        self.learner.load_state_dict(state)
         self.halves.architecture.load_state_dict(state["architecture_batches"])
         for meter, sums in zip((self._train, self._arch), state["meters"], strict=True):
             meter.load_state_dict(sums)

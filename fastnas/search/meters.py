@@ -46,7 +46,8 @@ class Meter:
         self._loss += loss * outcome.images
         self._correct += outcome.correct
         new = (self._bad_step == 0) & ~loss.isfinite()
-        self._bad_step = torch.where(new, step, self._bad_step)
+        # Not torch.where, which would copy the number to the device and wait.
+        self._bad_step.masked_fill_(new, step)
         self._bad_loss = torch.where(new, loss, self._bad_loss)
 
     @property

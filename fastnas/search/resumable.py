@@ -100,6 +100,11 @@ class Resumable(abc.ABC):
     def _trial(self, layout: torch.memory_format) -> Step:
         """A step of a copy of this run, in a memory format, that changes nothing here."""
 
+    @property
+    def _lead(self) -> int:
+        """Steps that a trial makes before the one it returns."""
+        return 0
+
     @abc.abstractmethod
     def _lay_out(self, layout: torch.memory_format) -> None:
         """Bring network and batches into a memory format."""
@@ -140,7 +145,11 @@ class Resumable(abc.ABC):
         # Whatever the trial draws, the run's own generators do not notice.
         with RandomState(self.config.seed, self.device).use():
             choice = choose_layout(
-                self._trial, steps, self.device, lambda: self._interrupts.received is not None
+                self._trial,
+                steps,
+                self.device,
+                lambda: self._interrupts.received is not None,
+                self._lead,
             )
         if choice is None:
             return
