@@ -3,7 +3,7 @@
 // each. dx: (G + 2) * sizeof(T) bytes; weights: 2 sizeof(T) bytes for each row of taps.
 #include <algorithm>
 
-#include "depthwise_group.h"
+#include "depthwise_tile.h"
 #include "mix.h"
 #include "reduce.cuh"
 
@@ -256,6 +256,8 @@ cudaError_t launch_weight_table(const Convolutions& c, void* table, cudaStream_t
 cudaError_t launch_convolutions(const Convolutions& c, const void* x, const Outputs& to,
                                 cudaStream_t stream) {
   if (c.outputs() == 0) return cudaSuccess;
+  const Tile tile = plan_tile(c, c.oh, c.ow, c.stride);
+  if (tile.fits) return launch_tiled_convolutions(c, tile, x, to, stream);
   return with_layout(c, to.ys, {x}, [&](auto type, auto vector, auto columns) {
     using T = typename decltype(type)::type;
     constexpr int V = decltype(vector)::value;
@@ -270,6 +272,8 @@ cudaError_t launch_convolutions(const Convolutions& c, const void* x, const Outp
 cudaError_t launch_input_gradient(const Convolutions& c, const OutputGradients& from, const void* x,
                                   void* dx, cudaStream_t stream) {
   if (c.sources() == 0) return cudaSuccess;
+  const Tile tile = plan_tile(c, c.H, c.W, 1);
+  if (tile.fits) return launch_tiled_input_gradient(c, tile, from, x, dx, stream);
   return with_layout(
       c, from.gs, {dx, c.relu ? x : nullptr}, [&](auto type, auto vector, auto columns) {
         using T = typename decltype(type)::type;
@@ -284,6 +288,14 @@ cudaError_t launch_input_gradient(const Convolutions& c, const OutputGradients& 
 
 WeightPlan plan_weights(const Convolutions& c) {
   WeightPlan p{};
+  if (const Tile tile = plan_tile(c, c.oh, c.ow, c.stride); tile.fits) {
+    if (c.outputs() == 0) return p;
+    const int64_t filling = ceil_div(kWeightBlocks, tile.chunks * c.count);
+    const int64_t shallow = ceil_div(tile.tiles() * kStrip, kReduceDepth);
+    p.share = ceil_div(tile.tiles(), filling > shallow ? filling : shallow);
+    p.parts = ceil_div(tile.tiles(), p.share);
+    return p;
+  }
   const int64_t channels = c.C > 0 ? c.C : 1, pixels = c.N * c.oh * c.ow;
   p.chunks = static_cast<int>(ceil_div(channels, kThreads));
   p.lanes = static_cast<int>(ceil_div(channels, p.chunks));
@@ -304,6 +316,8 @@ cudaError_t launch_weight_gradients(const Convolutions& c, const WeightPlan& pla
                                     const OutputGradients& from, const void* x,
                                     const WeightGradients& to, cudaStream_t stream) {
   if (c.outputs() == 0) return cudaSuccess;
+  if (const Tile tile = plan_tile(c, c.oh, c.ow, c.stride); tile.fits)
+    return launch_tiled_weight_gradients(c, tile, plan.parts, plan.share, from, x, to, stream);
   unsigned lines = 0;
   for (int i = 0; i < c.count; ++i) lines += static_cast<unsigned>(c.side[i]);
   const int64_t pixels = c.N * c.oh * c.ow, beside = c.columns ? plan.chunks : c.C;

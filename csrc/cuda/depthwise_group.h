@@ -49,7 +49,7 @@ cudaError_t launch_input_gradient(const Convolutions& c, const OutputGradients& 
 struct WeightPlan {
   int lanes, rows,
       chunks;  // columns: a block is rows x lanes threads, and chunks of lanes are all channels
-  int64_t parts, share;  // parts of `share` pixels
+  int64_t parts, share;  // parts of `share` pixels, or tiles where a tile fits
 };
 WeightPlan plan_weights(const Convolutions& c);
 

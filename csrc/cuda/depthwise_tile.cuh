@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels on tiles of depthwise convolutions share: which tile and strip a thread has, how a tile is brought
+// into shared memory, and what the taps of a strip multiply.
+#pragma once
+#include "depthwise_tile.h"
+#include "vec.cuh"
+
+namespace fastnas::cuda {
+
+// Elements from one image, channel, row or pixel to the next. All but the first fit 32 bits (plan_tile).
+struct Strides {
+  int64_t image;
+  int channel, row, pixel;
+
+  __device__ int64_t at(int64_t n, int c, int y, int x) const {
+    return n * image + (c * channel + y * row + x * pixel);
+  }
+};
+
+inline Strides strides_of(const Convolutions& c, int64_t height, int64_t width) {
+  const int C = static_cast<int>(c.C), h = static_cast<int>(height), w = static_cast<int>(width);
+  if (c.columns) return {c.C * height * width, 1, w * C, C};
+  return {c.C * height * width, h * w, w, 1};
+}
+
+// Where a tile begins: its first image and channel, and its first output.
+struct Corner {
+  int64_t image;
+  int channel, y, x;
+};
+
+__device__ inline Corner corner_of(const Tile& t, int64_t tile, int64_t chunk) {
+  const int64_t row = tile / t.across, group = row / t.down;
+  return {group << t.log_images, static_cast<int>(chunk) << t.log_lanes,
+          static_cast<int>(row - group * t.down) << t.log_height,
+          static_cast<int>(tile - row * t.across) << t.log_width};
+}
+
+// The strip of a thread: its channel and image, and its first output within the tile.
+struct Strip {
+  int lane, image, y, x;
+  bool valid;
+};
+
+__device__ inline Strip strip_of(const Tile& t) {
+  int at = static_cast<int>(threadIdx.x);
+  Strip s{};
+  s.lane = at & (t.lanes() - 1);
+  at >>= t.log_lanes;
+  s.x = at & (t.width() - 1);
+  at >>= t.log_width;
+  const int log_strips = t.log_height - kLogStrip;
+  s.y = (at & ((1 << log_strips) - 1)) << kLogStrip;
+  s.image = at >> log_strips;
+  s.valid = s.image < t.images();
+  return s;
+}
+
+// What a tile reads, into shared memory: rows x columns pixels from (y, x) on, height x width of which there are, or
+// fewer by `shift` powers of two with zeros between them; zeros around.
+struct Window {
+  int y, x, rows, columns, shift;
+  int height, width;
+  bool relu;
+};
+
+template <typename T, typename Shared>
+__device__ inline void bring(const Convolutions& c, const Tile& t, const Strides& strides,
+                             const Corner& corner, const Window& w, const T* source, Shared& tile) {
+  using A = acc_type<T>;
+  const int elements = w.columns << t.log_lanes, pitch = t.pitch << t.log_lanes;
+  const int rows = w.rows << t.log_images, zeros = (1 << w.shift) - 1;
+  int log_side = 0;
+  while ((1 << log_side) < elements && (1 << log_side) < kThreads) ++log_side;
+  const int side = 1 << log_side, thread = static_cast<int>(threadIdx.x);
+  for (int at = thread >> log_side; at < rows; at += kThreads >> log_side) {
+    const int image = at & (t.images() - 1), row = at >> t.log_images, y = w.y + row;
+    const bool there =
+        y >= 0 && !(y & zeros) && (y >> w.shift) < w.height && corner.image + image < c.N;
+    const T* line = source + strides.at(corner.image + image, corner.channel, y >> w.shift, 0);
+    const int to = (image * w.rows + row) * pitch;
+    for (int e = thread & (side - 1); e < elements; e += side) {
+      const int x = w.x + (e >> t.log_lanes);
+      const int lane = e & (t.lanes() - 1);
+      A value = 0;
+      if (there && x >= 0 && !(x & zeros) && (x >> w.shift) < w.width &&
+          corner.channel + lane < c.C) {
+        value = to_acc(line[(x >> w.shift) * strides.pixel + lane * strides.channel]);
+        if (w.relu && value <= 0) value = 0;  // NaN stays
+      }
+      tile[to + e] = value;
+    }
+  }
+}
+
+// f(Int<d>) with the dilation.
+template <typename F>
+__device__ inline void with_dilation(int dilation, F&& f) {
+  static_assert(kMostDilation == 2, "one case each");
+  if (dilation == 1) {
+    f(Int<1>{});
+  } else {
+    f(Int<2>{});
+  }
+}
+
+// f(Int<k>, Int<d>) for the k that the kernels serve.
+template <typename F>
+__device__ inline void with_kernel(int side, int dilation, F&& f) {
+  if (side == 1) f(Int<1>{}, Int<1>{});
+  if (side == 3) with_dilation(dilation, [&](auto d) { f(Int<3>{}, d); });
+  if (side == 5) with_dilation(dilation, [&](auto d) { f(Int<5>{}, d); });
+  if (side == 7) with_dilation(dilation, [&](auto d) { f(Int<7>{}, d); });
+}
+
+// What the taps in one column of a kernel multiply, for the outputs of a strip.
+template <int K, int S, int D, typename A>
+struct Column {
+  static constexpr int kSpan = (kStrip - 1) * S + (K - 1) * D + 1;
+  A value[kSpan];
+
+  // Output 0's first tap reads tile[at].
+  template <typename Shared>
+  __device__ Column(const Shared& tile, int at, int row) {
+#pragma unroll  // those that no tap uses are left out by the compiler
+    for (int i = 0; i < kSpan; ++i) value[i] = tile[at + i * row];
+  }
+
+  // What output o's tap r multiplies.
+  __device__ A of(int o, int r) const { return value[o * S + r * D]; }
+};
+
+// Adds the taps of one convolution to the outputs of a strip; `at` is where the first of them reads its first tap, and
+// taps of the table are `next` apart, backwards where they are turned around.
+template <int K, int S, int D, typename A, typename Shared>
+__device__ inline void add_taps(const Shared& tile, int at, int row, int pixel, const A* weights,
+                                int64_t next, A (&sum)[kStrip]) {
+#pragma unroll
+  for (int j = 0; j < K; ++j) {
+    const Column<K, S, D, A> column(tile, at + j * D * pixel, row);
+#pragma unroll
+    for (int r = 0; r < K; ++r) {
+      const A weight = weights[(r * K + j) * next];
+#pragma unroll
+      for (int o = 0; o < kStrip; ++o) sum[o] += column.of(o, r) * weight;
+    }
+  }
+}
+
+}  // namespace fastnas::cuda
