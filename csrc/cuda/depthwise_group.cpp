@@ -65,17 +65,19 @@ std::vector<at::Tensor> weight_gradients(const Convolutions& c, const OutputGrad
   to.partial = mutable_pointer(partial);
   if (any) C10_CUDA_CHECK(launch_weight_gradients(c, plan, from, pointer(x), to, stream_of(like)));
   std::vector<at::Tensor> dws;
-  const bool wide = acc == at::kDouble;
+  FoldedGradients folded{};
   for (int i = 0; i < c.count; ++i) {
     if (!need[i]) continue;
-    at::Tensor dw = at::zeros(weights[i].sizes(), weights[i].options().dtype(acc));
-    const int64_t before = c.first[i] * c.C * plan.parts;
-    if (to.need[i])
-      C10_CUDA_CHECK(launch_fold(wide, wide,
-                                 static_cast<const char*>(to.partial) +
-                                     before * static_cast<int64_t>(accumulator_size(c.dtype)),
-                                 dw.numel(), plan.parts, mutable_pointer(dw), stream_of(like)));
-    dws.push_back(dw.to(weights[i].scalar_type()));
+    const at::TensorOptions options = weights[i].options().dtype(acc);
+    dws.push_back(to.need[i] ? at::empty(weights[i].sizes(), options)
+                             : at::zeros(weights[i].sizes(), options));
+    if (to.need[i]) folded.dws[i] = mutable_pointer(dws.back());
+  }
+  if (any) C10_CUDA_CHECK(launch_fold_weights(c, plan, to.partial, folded, stream_of(like)));
+  for (int64_t i = 0, j = 0; i < c.count; ++i) {
+    if (!need[i]) continue;
+    dws[j] = dws[j].to(weights[i].scalar_type());
+    ++j;
   }
   return dws;
 }

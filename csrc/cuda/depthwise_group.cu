@@ -220,6 +220,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   table[at] = static_cast<const A*>(c.weights[i])[channel * size + tap - c.first[i]];
 }
 
+// A warp adds up the parts of one tap of one channel.
+template <typename A>
+__global__ void __launch_bounds__(kThreads)
+    fold_weights_kernel(const __grid_constant__ Convolutions c, int64_t parts, const A* partial,
+                        const __grid_constant__ FoldedGradients to) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int64_t at = int64_t{blockIdx.x} * (kThreads / 32) + thread / 32;
+  if (at >= c.taps() * c.C) return;
+  int i = 0;
+  while (at >= c.first[i + 1] * c.C) ++i;
+  if (!to.dws[i]) return;
+  double sum = 0;
+  for (int64_t part = lane; part < parts; part += 32)
+    sum += static_cast<double>(partial[at * parts + part]);
+  sum = warp_sum(sum);
+  if (lane == 0) static_cast<A*>(to.dws[i])[at - c.first[i] * c.C] = static_cast<A>(sum);
+}
+
 // f(type, V, columns): vectors of 16 bytes where channels are innermost and every tensor that is read or written by
 // them allows it; null ones do not count.
 template <typename F>
@@ -332,6 +350,22 @@ cudaError_t launch_weight_gradients(const Convolutions& c, const WeightPlan& pla
                    static_cast<const T*>(x), to);
     return cudaGetLastError();
   });
+}
+
+cudaError_t launch_fold_weights(const Convolutions& c, const WeightPlan& plan, const void* partial,
+                                const FoldedGradients& to, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(c.taps() * c.C, kThreads / 32);
+  if (blocks == 0) return cudaSuccess;
+  if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
+  const unsigned grid = static_cast<unsigned>(blocks);
+  if (c.dtype == Dtype::kDouble) {
+    FASTNAS_LAUNCH(fold_weights_kernel<double>, grid, kThreads, stream, c, plan.parts,
+                   static_cast<const double*>(partial), to);
+  } else {
+    FASTNAS_LAUNCH(fold_weights_kernel<float>, grid, kThreads, stream, c, plan.parts,
+                   static_cast<const float*>(partial), to);
+  }
+  return cudaGetLastError();
 }
 
 }  // namespace fastnas::cuda

@@ -63,4 +63,11 @@ cudaError_t launch_weight_gradients(const Convolutions& c, const WeightPlan& pla
                                     const OutputGradients& from, const void* x,
                                     const WeightGradients& to, cudaStream_t stream);
 
+// Their sums, in double and in a fixed order, where dws[i] is given.
+struct FoldedGradients {
+  void* dws[kMaxOperands];  // of the accumulator type
+};
+cudaError_t launch_fold_weights(const Convolutions& c, const WeightPlan& plan, const void* partial,
+                                const FoldedGradients& to, cudaStream_t stream);
+
 }  // namespace fastnas::cuda

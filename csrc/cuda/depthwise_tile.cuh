@@ -64,6 +64,9 @@ struct Window {
   bool relu;
 };
 
+// Loads that a thread has on their way at once: one after the other they would be all that a tile waits for.
+constexpr int kLoads = 8;
+
 template <typename T, typename Shared>
 __device__ inline void bring(const Convolutions& c, const Tile& t, const Strides& strides,
                              const Corner& corner, const Window& w, const T* source, Shared& tile) {
@@ -72,23 +75,31 @@ __device__ inline void bring(const Convolutions& c, const Tile& t, const Strides
   const int rows = w.rows << t.log_images, zeros = (1 << w.shift) - 1;
   int log_side = 0;
   while ((1 << log_side) < elements && (1 << log_side) < kThreads) ++log_side;
-  const int side = 1 << log_side, thread = static_cast<int>(threadIdx.x);
-  for (int at = thread >> log_side; at < rows; at += kThreads >> log_side) {
-    const int image = at & (t.images() - 1), row = at >> t.log_images, y = w.y + row;
-    const bool there =
-        y >= 0 && !(y & zeros) && (y >> w.shift) < w.height && corner.image + image < c.N;
-    const T* line = source + strides.at(corner.image + image, corner.channel, y >> w.shift, 0);
-    const int to = (image * w.rows + row) * pitch;
-    for (int e = thread & (side - 1); e < elements; e += side) {
-      const int x = w.x + (e >> t.log_lanes);
-      const int lane = e & (t.lanes() - 1);
-      A value = 0;
-      if (there && x >= 0 && !(x & zeros) && (x >> w.shift) < w.width &&
-          corner.channel + lane < c.C) {
-        value = to_acc(line[(x >> w.shift) * strides.pixel + lane * strides.channel]);
-        if (w.relu && value <= 0) value = 0;  // NaN stays
+  const int side = 1 << log_side, step = kThreads >> log_side;
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int e = thread & (side - 1); e < elements; e += side) {
+    const int x = w.x + (e >> t.log_lanes), lane = e & (t.lanes() - 1);
+    const bool inside =
+        x >= 0 && !(x & zeros) && (x >> w.shift) < w.width && corner.channel + lane < c.C;
+    for (int first = thread >> log_side; first < rows; first += kLoads * step) {
+      A value[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int at = first + i * step, image = at & (t.images() - 1);
+        const int y = w.y + (at >> t.log_images);
+        value[i] = 0;
+        if (inside && at < rows && y >= 0 && !(y & zeros) && (y >> w.shift) < w.height &&
+            corner.image + image < c.N)
+          value[i] = to_acc(source[strides.at(corner.image + image, corner.channel + lane,
+                                              y >> w.shift, x >> w.shift)]);
       }
-      tile[to + e] = value;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int at = first + i * step, image = at & (t.images() - 1), row = at >> t.log_images;
+        if (at >= rows) break;
+        if (w.relu && value[i] <= 0) value[i] = 0;  // NaN stays
+        tile[(image * w.rows + row) * pitch + e] = value[i];
+      }
     }
   }
 }

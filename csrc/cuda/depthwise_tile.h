@@ -47,8 +47,8 @@ inline Tile plan_tile(const Convolutions& c, int64_t height, int64_t width, int 
   const auto rows = [&] { return (t.height() - 1) * stride + 1 + 2 * t.pad; };
   const auto set_pitch = [&] {
     t.pitch = (t.width() - 1) * stride + 1 + 2 * t.pad;
-    // Threads of a warp that are in other rows of strips meet other banks.
-    if (!c.columns && t.log_width < 5)
+    // Threads of a warp that are in other rows of strips meet other banks (narrower tiles have no such pitch).
+    if (!c.columns && t.log_width < 5 && t.log_width >= kLogStrip)
       while ((kStrip * stride * t.pitch - stride * t.width()) % 32) ++t.pitch;
   };
   const auto values = [&] {
