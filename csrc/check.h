@@ -7,11 +7,13 @@
 #include <c10/core/MemoryFormat.h>
 #include <c10/core/ScalarType.h>
 
+#include <limits>
 #include <vector>
 
 namespace fastnas {
 
 constexpr int64_t kMaxCandidates = 64;
+constexpr int64_t kMaxNodes = 64;
 
 inline at::ScalarType accumulate_dtype(at::ScalarType t) {
   return t == at::kDouble ? at::kDouble : at::kFloat;
@@ -93,6 +95,41 @@ inline void check_path_gradient(const char* op, const at::Tensor& grad, const at
       " on ", grad.device());
   check_int64(op, "active", active, E, logits);
   check_int64(op, "inactive", inactive, E, logits);
+}
+
+// Logits (E, K) of the edges of a cell, a threshold for each node, and how many of the edges lead to it.
+inline void check_connections(const char* op, const at::Tensor& alpha, const at::Tensor& beta,
+                              at::IntArrayRef in_degrees, double tau) {
+  check_floating(op, "alpha", alpha);
+  check_floating(op, "beta", beta);
+  TORCH_CHECK_VALUE(alpha.dim() == 2 && alpha.size(1) >= 1 && alpha.size(1) <= kMaxCandidates, op,
+                    ": expected alpha of shape (E, K) with K of 1 to ", kMaxCandidates,
+                    ", but got ", alpha.sizes());
+  const int64_t nodes = static_cast<int64_t>(in_degrees.size()), E = alpha.size(0);
+  TORCH_CHECK_VALUE(nodes <= kMaxNodes, op, ": expected at most ", kMaxNodes,
+                    " nodes in in_degrees, but got ", nodes);
+  TORCH_CHECK_VALUE(beta.dim() == 1 && beta.size(0) == nodes && beta.device() == alpha.device(), op,
+                    ": expected beta of shape [", nodes, "] on ", alpha.device(),
+                    ", one entry per node of in_degrees, but got ", beta.sizes(), " on ",
+                    beta.device());
+  int64_t left = E;
+  for (int64_t degree : in_degrees) {
+    TORCH_CHECK_VALUE(degree >= 1 && degree <= left, op, ": expected positive in_degrees that sum ",
+                      "to the ", E, " edges of alpha, but got ", in_degrees);
+    left -= degree;
+  }
+  TORCH_CHECK_VALUE(left == 0, op, ": expected positive in_degrees that sum to the ", E,
+                    " edges of alpha, but got ", in_degrees);
+  TORCH_CHECK_VALUE(tau > 0 && tau <= std::numeric_limits<double>::max(), op,
+                    ": expected a positive, finite tau, but got ", tau);
+}
+
+inline void check_connection_gradient(const char* op, const at::Tensor& grad,
+                                      const at::Tensor& alpha) {
+  check_floating(op, "grad", grad);
+  TORCH_CHECK_VALUE(grad.sizes() == alpha.sizes() && grad.device() == alpha.device(), op,
+                    ": expected grad of shape ", alpha.sizes(), " on ", alpha.device(),
+                    " like alpha, but got ", grad.sizes(), " on ", grad.device());
 }
 
 // What passes by the mixed channels of partial_channel_mix, against outputs (N, c, oh, ow).

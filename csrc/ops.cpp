@@ -45,6 +45,14 @@ TORCH_LIBRARY(fastnas, m) {
   m.def(
       "gate_gradient(Tensor grad_output, Tensor[] outputs, Tensor probs, int[] present) -> Tensor");
 
+  // in_degrees: the edges of each node, one node's after the other's, E in all; beta has one entry a node.
+  m.def(
+      "sparse_connections(Tensor alpha, Tensor beta, int[] in_degrees, float tau, bool node_norm) "
+      "-> Tensor");
+  m.def(
+      "sparse_connections_backward(Tensor grad, Tensor alpha, Tensor beta, int[] in_degrees, float "
+      "tau, bool node_norm, bool detach_max) -> (Tensor, Tensor)");
+
   // kind, gamma, beta and running statistics: of the BatchNorm, as in mixed_batch_norm; absent where it has none.
   m.def(
       "batch_norm_depthwise(Tensor x, int kind, float eps, Tensor? gamma, Tensor? beta, Tensor? "

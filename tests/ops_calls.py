@@ -135,6 +135,20 @@ def sample_paths(device, two=True):
     return Call([logits, counts, grad], run)
 
 
+def sparse_connections(device, norm="edge"):
+    in_degrees = (2, 3, 4)
+    alpha = cases.make((9, 7), device=device).requires_grad_()
+    beta = cases.make((3,), device=device, seed=54).requires_grad_()
+    grad = cases.make((9, 7), device=device, seed=53)
+
+    def run(inputs):
+        alpha, beta, grad = inputs
+        weights = ops.sparse_connections(alpha, beta, in_degrees, 1.0, norm)
+        return [weights, *torch.autograd.grad(weights, [alpha, beta], grad)]
+
+    return Call([alpha, beta, grad], run)
+
+
 def numbers(w):
     """Weights that are numbers of the host."""
     return [0.5, -1.0, 2.0, 0.25, 0.0, 1.0, 3.0]
@@ -159,4 +173,10 @@ CALLS = {
     "separable_group": separable_group,
     "separable_group, stride 2": lambda device, **kw: separable_group(device, stride=2, **kw),
     "sample_paths": lambda device, layout="", dtype=None, shape=SHAPE: sample_paths(device),
+    "sparse_connections": lambda device, layout="", dtype=None, shape=SHAPE: sparse_connections(
+        device
+    ),
 }
+
+#: Those of them that take no images: dtype, layout and shape are their own.
+WITHOUT_IMAGES = ("sample_paths", "sparse_connections")

@@ -81,6 +81,14 @@ def samples(device):
     xs = tensors(3, size, device, (F32, BF16), both)
     yield "gates", "gate_gradient", (xs[0], xs[1:], w4, [1, 0, 0, 1])
     yield "nothing", "gate_gradient", (xs[0], [], w4.double(), [0] * 4)
+    alpha, beta = torch.randn(9, 4, device=device), torch.zeros(3, device=device)
+    for name, dtype, node in (("edge", F32, False), ("node", BF16, True)):
+        cell = (alpha.to(dtype), beta, [2, 3, 4], 0.5, node)
+        yield name, "sparse_connections", cell
+        yield name, "sparse_connections_backward", (alpha.t().contiguous().t(), *cell, node)
+    cell = (alpha[:0], beta[:0], [], 1.0, False)
+    yield "empty", "sparse_connections", cell
+    yield "empty", "sparse_connections_backward", (alpha[:0], *cell, False)
     yield from depthwise_samples(device)
     yield from norm_depthwise_samples(device)
     yield from separable_samples(device)

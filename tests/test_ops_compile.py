@@ -98,6 +98,19 @@ def test_sample_paths_with_a_step_that_counts(device):
         assert_bitwise(*gradients)
 
 
+@pytest.mark.parametrize("norm", ["edge", "node"])
+def test_sparse_connections(norm, device):
+    def make(size, device):
+        alpha = cases.make((5, size), device=device).requires_grad_()
+        beta = cases.make((2,), device=device, seed=1).requires_grad_()
+        return (alpha, beta), [alpha, beta], []
+
+    def function(alpha, beta):
+        return ops.sparse_connections(2 * alpha, beta, (2, 3), 0.9, norm) * 2
+
+    check_compiled(function, make, device)
+
+
 def test_gate_gradient(device):
     def make(size, device):
         xs, weights = cases.make_inputs(3, (2, 3, size, 5), device=device)
@@ -180,6 +193,7 @@ def test_without_gradients_any_number_of_candidates(count, device):
             *ops.sample_paths(w.view(1, -1), 1, 2),
             *ops.depthwise_group(x, [kernel] * count, [1] * count),
             *ops.separable_group(x, [kernel] * count, [matrix] * count, [1] * count),
+            ops.sparse_connections(w.view(1, -1), w[:1], [1]),
         )
 
     for a, b in zip(compiled(function)(x, xs, w), function(x, xs, w), strict=True):
@@ -205,6 +219,8 @@ OPS = (
     "batch_norm_depthwise_backward",
     "separable_group",
     "separable_group_backward",
+    "sparse_connections",
+    "sparse_connections_backward",
 )
 
 

@@ -7,6 +7,7 @@ And the way every op takes on a device without kernels, which is these same func
 from __future__ import annotations
 
 import importlib
+import math
 
 import ops_cases as cases
 import pytest
@@ -165,6 +166,26 @@ def test_path_probabilities_are_the_softmax(device):
     assert two[3].eq(0).all()
 
 
+@pytest.mark.parametrize("node_norm", [False, True])
+def test_sparse_connections_is_the_loop_over_edges_and_operations(node_norm, device):
+    alpha = torch.randn(5, 4, dtype=torch.float64, device=device)
+    beta = torch.tensor([-1.0, 0.3], dtype=torch.float64, device=device)
+    weights = reference.sparse_connections(alpha, beta, (2, 3), 0.5, node_norm, False)
+    first = 0
+    for degree, b in zip((2, 3), beta.tolist(), strict=True):
+        rows = [
+            [math.exp(a / 0.5) / sum(math.exp(o / 0.5) for o in row) for a in row]
+            for row in alpha[first : first + degree].tolist()
+        ]
+        most, t = max(map(max, rows)), 1 / (1 + math.exp(-b))
+        left = [[max(p / most - t, 0.0) for p in row] for row in rows]
+        for e, row in enumerate(left):
+            total = sum(map(sum, left)) if node_norm else sum(row)
+            expected = [q / total if total else 0.0 for q in row]
+            assert weights[first + e].tolist() == pytest.approx(expected)
+        first += degree
+
+
 # --- devices without kernels
 
 
@@ -186,6 +207,9 @@ def calls(device):
         paths = ops.sample_paths(logits, 3, 4, None, two)
         yield paths.probs, [logits], [paths.active, paths.inactive]
     yield ops.gate_gradient(xs[0], [None, *xs[1:]], probs), [probs, *xs], []
+    beta = torch.zeros(2, dtype=torch.float64, device=device, requires_grad=True)
+    for norm in ("edge", "node"):
+        yield ops.sparse_connections(logits, beta, (2, 3), 2.0, norm), [logits, beta], []
     kernels = [cases.make((3, 1, k, k), torch.float64, device=device) for k in (3, 5)]
     kernels[1].requires_grad_()
     yield ops.depthwise_group(xs[0], kernels, [2, 1], 2)[1], [xs[0], kernels[1]], []
@@ -228,7 +252,7 @@ def test_every_op_falls_back_where_there_are_no_kernels(device, monkeypatch, tol
             module = importlib.import_module(f"fastnas.ops.{name}")
             monkeypatch.setattr(module, "has_kernels", has_kernels, raising=False)
     fallback = outcomes(device)
-    assert len(asked) >= 9 and set(asked) == {device.type}
+    assert len(asked) >= 10 and set(asked) == {device.type}
     for k, (a, b) in enumerate(zip(fallback, expected, strict=True)):
         assert a.dtype == b.dtype
         if a.is_floating_point():

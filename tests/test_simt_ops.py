@@ -16,7 +16,7 @@ from pathlib import Path
 import ops_cases as cases
 import pytest
 import torch
-from ops_calls import CALLS
+from ops_calls import CALLS, WITHOUT_IMAGES
 from simt import harness
 
 from fastnas import _extension
@@ -61,6 +61,7 @@ def simt():
         "ops_alignment",
         "batch_norm_depthwise",
         "separable_group",
+        "sparse_connections",
     ],
 )
 def test_passes_the_tests_of_the_op(op, simt):
@@ -89,7 +90,10 @@ def has_cuda_kernels(name):
 SHAPED = [
     n
     for n in CALLS
-    if " of " not in n and not n.startswith(("sample_paths", "separable")) and has_cuda_kernels(n)
+    if " of " not in n
+    and n not in WITHOUT_IMAGES
+    and not n.startswith("separable")
+    and has_cuda_kernels(n)
 ]
 
 
@@ -134,7 +138,15 @@ def test_shapes_around_vectors_and_blocks(name, dtype, simt, tolerances, monkeyp
 
 
 @pytest.mark.parametrize(
-    "op", ["mixed_batch_norm", "mixed_sum", "gate_gradient", "sample_paths", "depthwise_group"]
+    "op",
+    [
+        "mixed_batch_norm",
+        "mixed_sum",
+        "gate_gradient",
+        "sample_paths",
+        "depthwise_group",
+        "sparse_connections",
+    ],
 )
 def test_more_blocks_than_a_grid_takes_are_an_error(op, simt):
     call = CALLS[op]("cpu")

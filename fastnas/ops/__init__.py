@@ -9,6 +9,7 @@ from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.partial_channel_mix import partial_channel_mix
 from fastnas.ops.sample_paths import Paths, sample_paths
 from fastnas.ops.separable_group import separable_group
+from fastnas.ops.sparse_connections import sparse_connections
 
 __all__ = [
     "Paths",
@@ -20,4 +21,5 @@ __all__ = [
     "partial_channel_mix",
     "sample_paths",
     "separable_group",
+    "sparse_connections",
 ]

@@ -348,6 +348,20 @@ def sample_path_indices(
     return torch.where(swap, second, first), torch.where(swap, first, second)
 
 
+def _softmax(x: Tensor, empty: Tensor) -> Tensor:
+    """Softmax of each row, the limits for infinite entries, 0 for NaN; of ``empty`` ones anything.
+
+    ``empty`` ``(E,)`` marks the rows without any entry above -inf.
+    """
+    x = x.masked_fill(torch.isnan(x), -torch.inf)
+    # +inf is the limit of a growing logit: those that have it share everything.
+    infinite = torch.isposinf(x)
+    x = x.masked_fill(infinite.any(1, keepdim=True) & ~infinite, -torch.inf)
+    x = x.masked_fill(infinite, 0.0)
+    # Equal logits keep NaN out of the gradient of a row that has none.
+    return torch.softmax(x.masked_fill(empty.unsqueeze(1), 0.0), 1)
+
+
 def path_softmax(
     logits: Tensor, counts: Tensor | None, active: Tensor, inactive: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -364,14 +378,8 @@ def path_softmax(
     other = column == inactive.unsqueeze(1)
     paired = (inactive >= 0).unsqueeze(1)
     kept = torch.where(paired, chosen | other, torch.ones_like(chosen))
-    x = x.masked_fill(~kept | torch.isnan(x), -torch.inf)
-    # +inf is the limit of a growing logit: those that have it share everything.
-    infinite = torch.isposinf(x)
-    x = x.masked_fill(infinite.any(1, keepdim=True) & ~infinite, -torch.inf)
-    x = x.masked_fill(infinite, 0.0)
-    # An edge without live candidates chooses nothing; equal logits keep NaN out of its gradient.
-    x = x.masked_fill((active < 0).unsqueeze(1), 0.0)
-    return torch.softmax(x, 1), chosen, other
+    # An edge without live candidates chooses nothing.
+    return _softmax(x.masked_fill(~kept, -torch.inf), active < 0), chosen, other
 
 
 def path_probabilities(
@@ -386,3 +394,45 @@ def path_probabilities(
     """
     p, chosen, other = path_softmax(logits, counts, active, inactive)
     return torch.stack([(p * chosen).sum(1), (p * other).sum(1)], 1).to(logits.dtype)
+
+
+# --- sparse connections
+
+
+def sparse_connections(
+    alpha: Tensor,
+    beta: Tensor,
+    in_degrees: Sequence[int],
+    tau: float,
+    node_norm: bool,
+    detach_max: bool,
+) -> Tensor:
+    """Weights of the connections of a cell, exactly 0 below a threshold (arXiv 2101.11342).
+
+    Args:
+        alpha: ``(E, K)`` logits of all edges, those of one node behind each other.
+        beta: ``(n,)``, one per node.
+        in_degrees: the number of edges of each node.
+        tau: temperature of the softmax.
+        node_norm: whether the weights of a node sum to 1, or those of each of its live edges.
+        detach_max: whether the largest probability of a node counts as a constant.
+
+    Returns:
+        ``(E, K)`` in the dtype of ``alpha``.
+    """
+    acc = accumulate_dtype(torch.promote_types(alpha.dtype, beta.dtype))
+    dead = torch.isnan(alpha) | torch.isneginf(alpha)
+    p = _softmax(alpha.to(acc) / tau, dead.all(1)).masked_fill(dead, 0.0)
+    # 1 - sigmoid(beta), bounded: were it 0, nothing would be left of the node.
+    gaps = torch.sigmoid(-beta.to(acc).clamp(max=60.0))
+    weights = []
+    for probs, gap in zip(p.split(list(in_degrees)), gaps, strict=True):
+        flat = probs.flatten()
+        largest = flat[flat.argmax()]  # the first of equal ones
+        if detach_max:
+            largest = largest.detach()
+        ratio = probs / torch.where(largest > 0, largest, 1.0)
+        q = F.relu(ratio - 1 + gap)
+        total = q.sum() if node_norm else q.sum(1, keepdim=True)
+        weights.append(q / torch.where(total == 0, 1.0, total))
+    return torch.cat(weights or [p]).to(alpha.dtype)
