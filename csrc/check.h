@@ -76,6 +76,53 @@ inline void check_weights(const char* op, const at::Tensor& weights, size_t coun
   check_floating(op, "weights", weights);
 }
 
+// Weights (T, K) of K inputs for 1 to 64 targets.
+inline void check_target_weights(const char* op, const at::Tensor& weights, size_t count,
+                                 const at::Tensor& like) {
+  TORCH_CHECK_VALUE(weights.dim() == 2 && weights.size(0) >= 1 &&
+                        weights.size(0) <= kMaxCandidates &&
+                        weights.size(1) == static_cast<int64_t>(count),
+                    op, ": expected weights of shape (T, ", count, ") with T of 1 to ",
+                    kMaxCandidates, ", one column per input, but got ", weights.sizes());
+  TORCH_CHECK_VALUE(weights.device() == like.device(), op, ": expected weights on ", like.device(),
+                    " like the inputs, but got ", weights.device());
+  check_floating(op, "weights", weights);
+}
+
+// Gradients of the targets, and inputs as check_saved has them.
+inline void check_target_gradients(const char* op, at::TensorList grads, at::TensorList xs,
+                                   const at::Tensor& weights, at::IntArrayRef need_xs) {
+  TORCH_CHECK_VALUE(
+      !grads.empty() && weights.dim() == 2 && weights.size(0) == static_cast<int64_t>(grads.size()),
+      op, ": expected one gradient per row of weights, but got ", grads.size(),
+      " gradients and weights of shape ", weights.sizes());
+  for (const at::Tensor& g : grads) {
+    check_floating(op, "grads", g);
+    TORCH_CHECK_VALUE(g.sizes() == grads[0].sizes() && g.device() == weights.device() &&
+                          g.scalar_type() == grads[0].scalar_type(),
+                      op, ": expected all grads of one shape and dtype on ", weights.device(),
+                      ", but got ", g.sizes(), " of ", g.scalar_type(), " on ", g.device(),
+                      " beside ", grads[0].sizes(), " of ", grads[0].scalar_type());
+  }
+  check_target_weights(op, weights, xs.size(), grads[0]);
+  check_saved(op, xs, grads[0].sizes(), grads[0]);
+  TORCH_CHECK_VALUE(xs.size() <= static_cast<size_t>(kMaxCandidates) && need_xs.size() == xs.size(),
+                    op, ": expected need_xs of one entry for each of at most ", kMaxCandidates,
+                    " inputs (", xs.size(), "), but got ", need_xs.size());
+}
+
+inline bool all_plain(at::IntArrayRef kinds) {
+  for (int64_t kind : kinds)
+    if (kind != 0) return false;
+  return true;
+}
+
+// Where something is normalised there are channels.
+inline void check_channels(const char* op, at::IntArrayRef shape, bool plain) {
+  TORCH_CHECK_VALUE(plain || shape.size() >= 2, op,
+                    ": expected tensors of shape (N, C, ...), but got ", shape);
+}
+
 inline void check_int64(const char* op, const char* name, const at::Tensor& x, int64_t count,
                         const at::Tensor& like) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kLong, op, ": expected ", name,
@@ -150,6 +197,13 @@ inline void check_bypass(const char* op, int64_t k, at::IntArrayRef rest_shape, 
 // The operand as the kernels take it; no copy where it is so already.
 inline at::Tensor as_operand(const at::Tensor& x, at::ScalarType dtype, at::MemoryFormat format) {
   return x.to(dtype).contiguous(format);
+}
+
+// The format of the gradients: that of the first input that was kept, or of grad.
+inline at::MemoryFormat saved_format(at::TensorList xs, const at::Tensor& grad) {
+  for (const at::Tensor& x : xs)
+    if (x.sizes() == grad.sizes()) return memory_format(x);
+  return memory_format(grad);
 }
 
 inline std::vector<at::Tensor> as_operands(at::TensorList xs, at::ScalarType dtype,

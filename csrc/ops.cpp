@@ -22,6 +22,16 @@ TORCH_LIBRARY(fastnas, m) {
       "need_weights) "
       "-> (Tensor[], Tensor, Tensor, Tensor)");
 
+  // weights (T, K); the sum of each row, norms as in mixed_batch_norm. Without norms mean and var are empty.
+  m.def(
+      "multi_target_sum(Tensor[] xs, Tensor weights, int[] kinds, float[] eps, int[] affine, "
+      "Tensor[] gammas, Tensor[] betas, Tensor[] running_means, Tensor[] running_vars) -> "
+      "(Tensor[], Tensor, Tensor)");
+  m.def(
+      "multi_target_sum_backward(Tensor[] grads, Tensor[] xs, Tensor weights, Tensor mean, Tensor "
+      "var, int[] kinds, float[] eps, int[] affine, Tensor[] gammas, Tensor[] betas, int[] "
+      "need_xs, bool need_weights) -> (Tensor[], Tensor, Tensor, Tensor)");
+
   m.def(
       "partial_channel_mix(Tensor rest, Tensor[] xs, Tensor weights, int k, int[] kinds, float[] "
       "eps, "

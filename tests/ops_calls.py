@@ -71,6 +71,22 @@ def partial_channel_mix(
     return _mixed(device, layout, dtype, shape, mix, kinds=2, rest_shape=rest)
 
 
+def multi_target_sum(device, layout="contiguous", dtype=torch.float32, shape=SHAPE, normed=False):
+    xs, _ = cases.make_inputs(7, shape, dtype, layout, device)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = cases.make((3, 7), acc, device=device, seed=61).requires_grad_()
+    norms = cases.make_norms(7, shape[1], device) if normed else []
+    grads = [cases.make(shape, dtype, layout, device, seed=50 + t) for t in range(3)]
+
+    def run(inputs):
+        weights, xs, grads = inputs[0], inputs[1:8], inputs[8:]
+        ys = ops.multi_target_sum(xs, weights, norms or None)
+        leaves = [weights, *xs, *cases.affine_parameters(norms)]
+        return [*ys, *torch.autograd.grad(ys, leaves, grads)]
+
+    return Call([weights, *xs, *grads], run, norms)
+
+
 def gate_gradient(device, layout="contiguous", dtype=torch.float32, shape=SHAPE):
     xs, _ = cases.make_inputs(3, shape, dtype, layout, device)
     grad = cases.make(shape, dtype, layout, device, seed=50)
@@ -163,6 +179,8 @@ CALLS = {
     "mixed_sum of numbers": lambda device, **kw: mixed_sum(device, weights=numbers, **kw),
     "mixed_sum of both": lambda device, **kw: mixed_sum(device, weights=some_numbers, **kw),
     "mixed_batch_norm": mixed_batch_norm,
+    "multi_target_sum": multi_target_sum,
+    "multi_target_sum, normed": lambda device, **kw: multi_target_sum(device, normed=True, **kw),
     "partial_channel_mix": partial_channel_mix,
     "partial_channel_mix, pooled": lambda device, **kw: partial_channel_mix(
         device, pooled=True, **kw

@@ -65,6 +65,21 @@ def test_mixed_batch_norm_and_its_buffers(training, device):
     check_compiled(function, mixed_arguments, device)
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_multi_target_sum(normed, device):
+    def make(size, device):
+        (xs, _, norms), leaves, _ = mixed_arguments(size, device)
+        weights = cases.make((3, 7), device=device, seed=9).requires_grad_()
+        norms = norms if normed else []
+        return (xs, weights, norms), [weights, *leaves[1:8], *cases.affine_parameters(norms)], norms
+
+    def function(xs, weights, norms):
+        ys = ops.multi_target_sum([2 * x for x in xs], torch.softmax(weights, 1), norms or None)
+        return ys[0] + 2 * ys[1]  # the last target gets no gradient
+
+    check_compiled(function, make, device)
+
+
 @pytest.mark.parametrize("halved", [False, True], ids=["same", "halved"])
 def test_partial_channel_mix(halved, device):
     def make(size, device):
@@ -188,6 +203,8 @@ def test_without_gradients_any_number_of_candidates(count, device):
         return (
             y,
             ops.mixed_sum(xs, w),
+            *ops.multi_target_sum(xs, w.view(1, -1)),
+            *ops.multi_target_sum(xs, w.expand(2, -1), norms),
             ops.partial_channel_mix(x, xs, w, 4),
             ops.gate_gradient(y, xs, w),
             *ops.sample_paths(w.view(1, -1), 1, 2),
@@ -208,6 +225,8 @@ OPS = (
     "mixed_sum_backward",
     "mixed_batch_norm",
     "mixed_batch_norm_backward",
+    "multi_target_sum",
+    "multi_target_sum_backward",
     "partial_channel_mix",
     "partial_channel_mix_backward",
     "sample_paths",
