@@ -3,8 +3,8 @@
 
 `torch loop` sums the candidates for one target after the other, their norms having run once; `torch
 matmul` is one product of the weights with the stacked candidates; `separate` calls `mixed_sum` or
-`mixed_batch_norm` for each target, which normalises again for each. The last is no stock form, but
-shows what sharing the passes gives.
+`mixed_batch_norm` for each target, which normalises again for each: what sharing the passes gives
+is measured against the fused ops of one target, too.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ CASES = [
         note="normed" if normed else "",
     )
     for normed in (False, True)
-    for shape in SHAPES
+    for shape in SHAPES[::2]
 ]
 
 
