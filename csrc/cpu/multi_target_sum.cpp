@@ -69,8 +69,8 @@ void forward(Targets& targets, const MultiTargetMix<T>& mix, const std::vector<c
   mix.combine(sums);
 }
 
-// The gradients of the operands as sums over those of the targets: dx_k = sum_t a_tk g_t + b_k (x_k - mean_k) + c_k, with
-// the sums of each target's b and c.
+// The gradient of an operand as a sum over those of the targets: dx_k = sum_t a_tk g_t + b_k (x_k - mean_k) + c_k, where
+// b and c are the sums of each target's.
 template <typename T>
 Sum<T> operand_gradient(T* dx, const T* x, const std::vector<const T*>& gs,
                         const std::vector<BackwardCoefficients>& parts, const NormTable& table,

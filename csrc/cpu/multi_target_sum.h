@@ -34,8 +34,8 @@ class MultiTargetMix : public Mix<T> {
     });
   }
 
-  // For every g: sums[g][C] = sum g and dots[g][K][C] = sum g (x_k - centre_k), those of null xs left alone; and, in the
-  // same pass, other sums that need nothing of it.
+  // For every g: sums[g][C] = sum g and dots[g][K][C] = sum g (x_k - centre_k), those of null xs left alone; and, in
+  // the same pass, other sums that need nothing of it.
   void reduce(const std::vector<const T*>& gs, const std::vector<const T*>& xs,
               const std::vector<double>& centre, std::vector<std::vector<double>>& sums,
               std::vector<std::vector<double>>& dots, const std::vector<Sum<T>>& others) const {

@@ -28,7 +28,7 @@ void add_running_statistics(const char* op, int64_t C, NormArguments& n, at::Ten
 void check_statistics(const char* op, int64_t C, const NormArguments& n, const at::Tensor& mean,
                       const at::Tensor& var);
 
-// Starts the statistics of the operands that are normalised by them, whose parts it puts into a tensor; null if none is.
+// Starts the statistics of the operands that are normalised by them and puts their parts into a tensor.
 Statistics batch_parts(const Plan& plan, const std::vector<at::Tensor>& operands,
                        const NormArguments& n, at::Tensor& parts);
 

@@ -6,9 +6,9 @@
 
 namespace fastnas::cuda {
 
-// y_j = bias_j + sum_i coef_ji x_i (+ own_j z_j where z_j is given), channel by channel; nothing where y_j is null. Reads
-// I operands and every z, writes J. An operand is left out of the sums where its weight is 0, and not read if it is so in
-// kSumSlice of them.
+// y_j = bias_j + sum_i coef_ji x_i (+ own_j z_j where z_j is given), channel by channel; nothing where y_j is null.
+// Reads I operands and every z, writes J. An operand is left out of the sums where its weight is 0, and not read where
+// it is so in all of kSumSlice sums.
 constexpr int kSumSlice = 4;
 struct Sums {
   const void *xs[kMaxOperands], *zs[kMaxOperands];
@@ -21,8 +21,8 @@ struct Sums {
 };
 cudaError_t launch_sums(const Plan& plan, const Sums& args, cudaStream_t stream);
 
-// For each of G tensors: parts of sum g and of sum g (x_k - centre_k), left alone for null x_k. Reads K operands once for
-// every four tensors g (two where the sums of four would not fit into registers), and those again for every four
+// For each of G tensors: parts of sum g and of sum g (x_k - centre_k), left alone for null x_k. Reads K operands once
+// for every four tensors g (two where the sums of four would not fit into registers), and those again for every four
 // operands (eight in planes).
 struct TargetDots {
   const void *gs[kMaxOperands], *xs[kMaxOperands];
