@@ -7,11 +7,13 @@
 #include <c10/core/MemoryFormat.h>
 #include <c10/core/ScalarType.h>
 
+#include <limits>
 #include <vector>
 
 namespace fastnas {
 
 constexpr int64_t kMaxCandidates = 64;
+constexpr int64_t kMaxNodes = 64;
 
 inline at::ScalarType accumulate_dtype(at::ScalarType t) {
   return t == at::kDouble ? at::kDouble : at::kFloat;
@@ -74,6 +76,53 @@ inline void check_weights(const char* op, const at::Tensor& weights, size_t coun
   check_floating(op, "weights", weights);
 }
 
+// Weights (T, K) of K inputs for 1 to 64 targets.
+inline void check_target_weights(const char* op, const at::Tensor& weights, size_t count,
+                                 const at::Tensor& like) {
+  TORCH_CHECK_VALUE(weights.dim() == 2 && weights.size(0) >= 1 &&
+                        weights.size(0) <= kMaxCandidates &&
+                        weights.size(1) == static_cast<int64_t>(count),
+                    op, ": expected weights of shape (T, ", count, ") with T of 1 to ",
+                    kMaxCandidates, ", one column per input, but got ", weights.sizes());
+  TORCH_CHECK_VALUE(weights.device() == like.device(), op, ": expected weights on ", like.device(),
+                    " like the inputs, but got ", weights.device());
+  check_floating(op, "weights", weights);
+}
+
+// Gradients of the targets, and inputs as check_saved has them.
+inline void check_target_gradients(const char* op, at::TensorList grads, at::TensorList xs,
+                                   const at::Tensor& weights, at::IntArrayRef need_xs) {
+  TORCH_CHECK_VALUE(
+      !grads.empty() && weights.dim() == 2 && weights.size(0) == static_cast<int64_t>(grads.size()),
+      op, ": expected one gradient per row of weights, but got ", grads.size(),
+      " gradients and weights of shape ", weights.sizes());
+  for (const at::Tensor& g : grads) {
+    check_floating(op, "grads", g);
+    TORCH_CHECK_VALUE(g.sizes() == grads[0].sizes() && g.device() == weights.device() &&
+                          g.scalar_type() == grads[0].scalar_type(),
+                      op, ": expected all grads of one shape and dtype on ", weights.device(),
+                      ", but got ", g.sizes(), " of ", g.scalar_type(), " on ", g.device(),
+                      " beside ", grads[0].sizes(), " of ", grads[0].scalar_type());
+  }
+  check_target_weights(op, weights, xs.size(), grads[0]);
+  check_saved(op, xs, grads[0].sizes(), grads[0]);
+  TORCH_CHECK_VALUE(xs.size() <= static_cast<size_t>(kMaxCandidates) && need_xs.size() == xs.size(),
+                    op, ": expected need_xs of one entry for each of at most ", kMaxCandidates,
+                    " inputs (", xs.size(), "), but got ", need_xs.size());
+}
+
+inline bool all_plain(at::IntArrayRef kinds) {
+  for (int64_t kind : kinds)
+    if (kind != 0) return false;
+  return true;
+}
+
+// Where something is normalised there are channels.
+inline void check_channels(const char* op, at::IntArrayRef shape, bool plain) {
+  TORCH_CHECK_VALUE(plain || shape.size() >= 2, op,
+                    ": expected tensors of shape (N, C, ...), but got ", shape);
+}
+
 inline void check_int64(const char* op, const char* name, const at::Tensor& x, int64_t count,
                         const at::Tensor& like) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kLong, op, ": expected ", name,
@@ -95,6 +144,41 @@ inline void check_path_gradient(const char* op, const at::Tensor& grad, const at
   check_int64(op, "inactive", inactive, E, logits);
 }
 
+// Logits (E, K) of the edges of a cell, a threshold for each node, and how many of the edges lead to it.
+inline void check_connections(const char* op, const at::Tensor& alpha, const at::Tensor& beta,
+                              at::IntArrayRef in_degrees, double tau) {
+  check_floating(op, "alpha", alpha);
+  check_floating(op, "beta", beta);
+  TORCH_CHECK_VALUE(alpha.dim() == 2 && alpha.size(1) >= 1 && alpha.size(1) <= kMaxCandidates, op,
+                    ": expected alpha of shape (E, K) with K of 1 to ", kMaxCandidates,
+                    ", but got ", alpha.sizes());
+  const int64_t nodes = static_cast<int64_t>(in_degrees.size()), E = alpha.size(0);
+  TORCH_CHECK_VALUE(nodes <= kMaxNodes, op, ": expected at most ", kMaxNodes,
+                    " nodes in in_degrees, but got ", nodes);
+  TORCH_CHECK_VALUE(beta.dim() == 1 && beta.size(0) == nodes && beta.device() == alpha.device(), op,
+                    ": expected beta of shape [", nodes, "] on ", alpha.device(),
+                    ", one entry per node of in_degrees, but got ", beta.sizes(), " on ",
+                    beta.device());
+  int64_t left = E;
+  for (int64_t degree : in_degrees) {
+    TORCH_CHECK_VALUE(degree >= 1 && degree <= left, op, ": expected positive in_degrees that sum ",
+                      "to the ", E, " edges of alpha, but got ", in_degrees);
+    left -= degree;
+  }
+  TORCH_CHECK_VALUE(left == 0, op, ": expected positive in_degrees that sum to the ", E,
+                    " edges of alpha, but got ", in_degrees);
+  TORCH_CHECK_VALUE(tau > 0 && tau <= std::numeric_limits<double>::max(), op,
+                    ": expected a positive, finite tau, but got ", tau);
+}
+
+inline void check_connection_gradient(const char* op, const at::Tensor& grad,
+                                      const at::Tensor& alpha) {
+  check_floating(op, "grad", grad);
+  TORCH_CHECK_VALUE(grad.sizes() == alpha.sizes() && grad.device() == alpha.device(), op,
+                    ": expected grad of shape ", alpha.sizes(), " on ", alpha.device(),
+                    " like alpha, but got ", grad.sizes(), " on ", grad.device());
+}
+
 // What passes by the mixed channels of partial_channel_mix, against outputs (N, c, oh, ow).
 inline void check_bypass(const char* op, int64_t k, at::IntArrayRef rest_shape, int64_t N,
                          int64_t c, int64_t oh, int64_t ow) {
@@ -113,6 +197,13 @@ inline void check_bypass(const char* op, int64_t k, at::IntArrayRef rest_shape, 
 // The operand as the kernels take it; no copy where it is so already.
 inline at::Tensor as_operand(const at::Tensor& x, at::ScalarType dtype, at::MemoryFormat format) {
   return x.to(dtype).contiguous(format);
+}
+
+// The format of the gradients: that of the first input that was kept, or of grad.
+inline at::MemoryFormat saved_format(at::TensorList xs, const at::Tensor& grad) {
+  for (const at::Tensor& x : xs)
+    if (x.sizes() == grad.sizes()) return memory_format(x);
+  return memory_format(grad);
 }
 
 inline std::vector<at::Tensor> as_operands(at::TensorList xs, at::ScalarType dtype,

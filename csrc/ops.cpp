@@ -22,6 +22,16 @@ TORCH_LIBRARY(fastnas, m) {
       "need_weights) "
       "-> (Tensor[], Tensor, Tensor, Tensor)");
 
+  // weights (T, K); the sum of each row, norms as in mixed_batch_norm. Without norms mean and var are empty.
+  m.def(
+      "multi_target_sum(Tensor[] xs, Tensor weights, int[] kinds, float[] eps, int[] affine, "
+      "Tensor[] gammas, Tensor[] betas, Tensor[] running_means, Tensor[] running_vars) -> "
+      "(Tensor[], Tensor, Tensor)");
+  m.def(
+      "multi_target_sum_backward(Tensor[] grads, Tensor[] xs, Tensor weights, Tensor mean, Tensor "
+      "var, int[] kinds, float[] eps, int[] affine, Tensor[] gammas, Tensor[] betas, int[] "
+      "need_xs, bool need_weights) -> (Tensor[], Tensor, Tensor, Tensor)");
+
   m.def(
       "partial_channel_mix(Tensor rest, Tensor[] xs, Tensor weights, int k, int[] kinds, float[] "
       "eps, "
@@ -44,6 +54,14 @@ TORCH_LIBRARY(fastnas, m) {
       "inactive) -> Tensor");
   m.def(
       "gate_gradient(Tensor grad_output, Tensor[] outputs, Tensor probs, int[] present) -> Tensor");
+
+  // in_degrees: the edges of each node, one node's after the other's, E in all; beta has one entry a node.
+  m.def(
+      "sparse_connections(Tensor alpha, Tensor beta, int[] in_degrees, float tau, bool node_norm) "
+      "-> Tensor");
+  m.def(
+      "sparse_connections_backward(Tensor grad, Tensor alpha, Tensor beta, int[] in_degrees, float "
+      "tau, bool node_norm, bool detach_max) -> (Tensor, Tensor)");
 
   // kind, gamma, beta and running statistics: of the BatchNorm, as in mixed_batch_norm; absent where it has none.
   m.def(

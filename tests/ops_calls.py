@@ -71,6 +71,22 @@ def partial_channel_mix(
     return _mixed(device, layout, dtype, shape, mix, kinds=2, rest_shape=rest)
 
 
+def multi_target_sum(device, layout="contiguous", dtype=torch.float32, shape=SHAPE, normed=False):
+    xs, _ = cases.make_inputs(7, shape, dtype, layout, device)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = cases.make((3, 7), acc, device=device, seed=61).requires_grad_()
+    norms = cases.make_norms(7, shape[1], device) if normed else []
+    grads = [cases.make(shape, dtype, layout, device, seed=50 + t) for t in range(3)]
+
+    def run(inputs):
+        weights, xs, grads = inputs[0], inputs[1:8], inputs[8:]
+        ys = ops.multi_target_sum(xs, weights, norms or None)
+        leaves = [weights, *xs, *cases.affine_parameters(norms)]
+        return [*ys, *torch.autograd.grad(ys, leaves, grads)]
+
+    return Call([weights, *xs, *grads], run, norms)
+
+
 def gate_gradient(device, layout="contiguous", dtype=torch.float32, shape=SHAPE):
     xs, _ = cases.make_inputs(3, shape, dtype, layout, device)
     grad = cases.make(shape, dtype, layout, device, seed=50)
@@ -135,6 +151,20 @@ def sample_paths(device, two=True):
     return Call([logits, counts, grad], run)
 
 
+def sparse_connections(device, norm="edge"):
+    in_degrees = (2, 3, 4)
+    alpha = cases.make((9, 7), device=device).requires_grad_()
+    beta = cases.make((3,), device=device, seed=54).requires_grad_()
+    grad = cases.make((9, 7), device=device, seed=53)
+
+    def run(inputs):
+        alpha, beta, grad = inputs
+        weights = ops.sparse_connections(alpha, beta, in_degrees, 1.0, norm)
+        return [weights, *torch.autograd.grad(weights, [alpha, beta], grad)]
+
+    return Call([alpha, beta, grad], run)
+
+
 def numbers(w):
     """Weights that are numbers of the host."""
     return [0.5, -1.0, 2.0, 0.25, 0.0, 1.0, 3.0]
@@ -149,6 +179,8 @@ CALLS = {
     "mixed_sum of numbers": lambda device, **kw: mixed_sum(device, weights=numbers, **kw),
     "mixed_sum of both": lambda device, **kw: mixed_sum(device, weights=some_numbers, **kw),
     "mixed_batch_norm": mixed_batch_norm,
+    "multi_target_sum": multi_target_sum,
+    "multi_target_sum, normed": lambda device, **kw: multi_target_sum(device, normed=True, **kw),
     "partial_channel_mix": partial_channel_mix,
     "partial_channel_mix, pooled": lambda device, **kw: partial_channel_mix(
         device, pooled=True, **kw
@@ -159,4 +191,10 @@ CALLS = {
     "separable_group": separable_group,
     "separable_group, stride 2": lambda device, **kw: separable_group(device, stride=2, **kw),
     "sample_paths": lambda device, layout="", dtype=None, shape=SHAPE: sample_paths(device),
+    "sparse_connections": lambda device, layout="", dtype=None, shape=SHAPE: sparse_connections(
+        device
+    ),
 }
+
+#: Those of them that take no images: dtype, layout and shape are their own.
+WITHOUT_IMAGES = ("sample_paths", "sparse_connections")

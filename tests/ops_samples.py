@@ -55,6 +55,7 @@ def samples(device):
                     "partial_channel_mix_backward",
                     (*arguments, True, [1, 0, 1, 1], True),
                 )
+    yield from target_samples(device)
     nothing = [w4.new_empty(0)] * 4
     grad, tail = tensors(1, size, device)[0], norm_tail(3, device, running=False)
     yield "unsaved", "mixed_sum_backward", (grad, [], w4, [1, 0, 1, 1], False)
@@ -81,9 +82,45 @@ def samples(device):
     xs = tensors(3, size, device, (F32, BF16), both)
     yield "gates", "gate_gradient", (xs[0], xs[1:], w4, [1, 0, 0, 1])
     yield "nothing", "gate_gradient", (xs[0], [], w4.double(), [0] * 4)
+    alpha, beta = torch.randn(9, 4, device=device), torch.zeros(3, device=device)
+    for name, dtype, node in (("edge", F32, False), ("node", BF16, True)):
+        cell = (alpha.to(dtype), beta, [2, 3, 4], 0.5, node)
+        yield name, "sparse_connections", cell
+        yield name, "sparse_connections_backward", (alpha.t().contiguous().t(), *cell, node)
+    cell = (alpha[:0], beta[:0], [], 1.0, False)
+    yield "empty", "sparse_connections", cell
+    yield "empty", "sparse_connections_backward", (alpha[:0], *cell, False)
     yield from depthwise_samples(device)
     yield from norm_depthwise_samples(device)
     yield from separable_samples(device)
+
+
+def target_samples(device):
+    """Arguments of the two ops of multi_target_sum: without norms, with them, with little."""
+    size, w = (2, 3, 4, 5), torch.randn(2, 4, device=device)
+    w[:, 2], mean, var = 0, torch.rand(4, 3, device=device), torch.rand(4, 3, device=device) + 1
+    plain = [[0] * 4, [0.0] * 4, [0] * 4, [], []]
+    both = ("channels_last", "contiguous")
+    for layouts in (("contiguous",), ("channels_last",), ("sliced_last", "expanded"), both):
+        for dtypes in ((F32,), (BF16,), (BF16, F32)):
+            xs = tensors(4, size, device, dtypes, layouts)
+            wide = torch.promote_types(dtypes[0], dtypes[-1])
+            grads = tensors(2, size, device, (wide,), layouts)
+            name = f"{'-'.join(layouts)}-{'-'.join(map(cases.ids, dtypes))}"
+            yield name, "multi_target_sum", (xs, w, *plain, [], [])
+            yield name, "multi_target_sum", (xs, w, *norm_tail(3, device))
+            first = (grads, xs, w, w[0, :0], w[0, :0], *plain)
+            yield name, "multi_target_sum_backward", (*first, [1, 0, 1, 1], True)
+            first = (grads, xs, w, mean, var, *norm_tail(3, device, running=False))
+            yield name, "multi_target_sum_backward", (*first, [1, 1, 0, 1], True)
+    nothing = [w.new_empty(0)] * 4
+    first = (grads, nothing, w, w[0, :0], w[0, :0], *plain)
+    yield "unsaved", "multi_target_sum_backward", (*first, [1, 0, 1, 1], False)
+    empty = tensors(4, (0, 3, 4, 5), device, layouts=both)
+    yield "empty", "multi_target_sum", (empty, w, *plain, [], [])
+    yield "empty", "multi_target_sum", (empty, w, *norm_tail(3, device))
+    first = (empty[:2], empty, w, w[0, :0], w[0, :0], *plain)
+    yield "empty", "multi_target_sum_backward", (*first, [1] * 4, True)
 
 
 def depthwise_samples(device):

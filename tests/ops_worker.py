@@ -26,6 +26,11 @@ def mixing_calls(count, shape, dtype, layout):
     affine = cases.affine_parameters(norms)
     yield "mixed_sum", ops.mixed_sum(xs, weights), [weights, *xs]
     yield "mixed_batch_norm", ops.mixed_batch_norm(xs, weights, norms), [weights, *xs, *affine]
+    rows = torch.stack([weights, weights.flip(0), 2 * weights]).detach().requires_grad_()
+    for name, norms in (("plain", None), ("normed", cases.make_norms(count, c))):
+        ys = ops.multi_target_sum(xs, rows, norms)
+        affine = cases.affine_parameters(norms or [])
+        yield f"multi_target_sum/{name}", torch.stack(ys), [rows, *xs, *affine]
     for scale in (1, 2):
         x = cases.make((n, 3 * c, scale * h, scale * w), dtype, layout, seed=5).requires_grad_()
         norms = cases.make_norms(count, c)
@@ -95,6 +100,7 @@ def large_calls(layout):
     norms = [torch.nn.BatchNorm2d(16, affine=False) for _ in xs]
     grad, table = torch.ones_like(xs[0]), torch.ones(2, 16)
     norm = (table, table, [1, 1], [1e-5, 1e-5], [0, 0], [], [])
+    rows = torch.stack([weights, weights.flip(0)])
     raw, need = torch.ops.fastnas, ([1, 1], True)
     backward = raw.partial_channel_mix_backward
     kernels = [torch.ones(16, 1, k, k) for k in (3, 5)]
@@ -105,6 +111,10 @@ def large_calls(layout):
         "mixed_batch_norm": lambda: ops.mixed_batch_norm(xs, weights, norms),
         "mixed_batch_norm_backward": lambda: raw.mixed_batch_norm_backward(
             grad, xs, weights, *norm, *need
+        ),
+        "multi_target_sum": lambda: ops.multi_target_sum(xs, rows, norms),
+        "multi_target_sum_backward": lambda: raw.multi_target_sum_backward(
+            [grad, grad], xs, rows, *norm, *need
         ),
         "partial_channel_mix": lambda: ops.partial_channel_mix(x, xs, weights, 4),
         "partial_channel_mix_backward": lambda: backward(

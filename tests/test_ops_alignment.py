@@ -6,10 +6,10 @@ from __future__ import annotations
 import ops_cases as cases
 import pytest
 import torch
-from ops_calls import CALLS
+from ops_calls import CALLS, WITHOUT_IMAGES
 
 SHAPE = (2, 8, 4, 8)
-OPS = [name for name in CALLS if " of " not in name and name != "sample_paths"]
+OPS = [name for name in CALLS if " of " not in name and name not in WITHOUT_IMAGES]
 
 
 def misaligned(t):

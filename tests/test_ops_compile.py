@@ -65,6 +65,21 @@ def test_mixed_batch_norm_and_its_buffers(training, device):
     check_compiled(function, mixed_arguments, device)
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_multi_target_sum(normed, device):
+    def make(size, device):
+        (xs, _, norms), leaves, _ = mixed_arguments(size, device)
+        weights = cases.make((3, 7), device=device, seed=9).requires_grad_()
+        norms = norms if normed else []
+        return (xs, weights, norms), [weights, *leaves[1:8], *cases.affine_parameters(norms)], norms
+
+    def function(xs, weights, norms):
+        ys = ops.multi_target_sum([2 * x for x in xs], torch.softmax(weights, 1), norms or None)
+        return ys[0] + 2 * ys[1]  # the last target gets no gradient
+
+    check_compiled(function, make, device)
+
+
 @pytest.mark.parametrize("halved", [False, True], ids=["same", "halved"])
 def test_partial_channel_mix(halved, device):
     def make(size, device):
@@ -96,6 +111,19 @@ def test_sample_paths_with_a_step_that_counts(device):
             torch.autograd.grad(paths[0][:, 0].sum(), [logits])[0] for paths in (actual, expected)
         ]
         assert_bitwise(*gradients)
+
+
+@pytest.mark.parametrize("norm", ["edge", "node"])
+def test_sparse_connections(norm, device):
+    def make(size, device):
+        alpha = cases.make((5, size), device=device).requires_grad_()
+        beta = cases.make((2,), device=device, seed=1).requires_grad_()
+        return (alpha, beta), [alpha, beta], []
+
+    def function(alpha, beta):
+        return ops.sparse_connections(2 * alpha, beta, (2, 3), 0.9, norm) * 2
+
+    check_compiled(function, make, device)
 
 
 def test_gate_gradient(device):
@@ -175,11 +203,14 @@ def test_without_gradients_any_number_of_candidates(count, device):
         return (
             y,
             ops.mixed_sum(xs, w),
+            *ops.multi_target_sum(xs, w.view(1, -1)),
+            *ops.multi_target_sum(xs, w.expand(2, -1), norms),
             ops.partial_channel_mix(x, xs, w, 4),
             ops.gate_gradient(y, xs, w),
             *ops.sample_paths(w.view(1, -1), 1, 2),
             *ops.depthwise_group(x, [kernel] * count, [1] * count),
             *ops.separable_group(x, [kernel] * count, [matrix] * count, [1] * count),
+            ops.sparse_connections(w.view(1, -1), w[:1], [1]),
         )
 
     for a, b in zip(compiled(function)(x, xs, w), function(x, xs, w), strict=True):
@@ -194,6 +225,8 @@ OPS = (
     "mixed_sum_backward",
     "mixed_batch_norm",
     "mixed_batch_norm_backward",
+    "multi_target_sum",
+    "multi_target_sum_backward",
     "partial_channel_mix",
     "partial_channel_mix_backward",
     "sample_paths",
@@ -205,6 +238,8 @@ OPS = (
     "batch_norm_depthwise_backward",
     "separable_group",
     "separable_group_backward",
+    "sparse_connections",
+    "sparse_connections_backward",
 )
 
 

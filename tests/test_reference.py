@@ -7,6 +7,7 @@ And the way every op takes on a device without kernels, which is these same func
 from __future__ import annotations
 
 import importlib
+import math
 
 import ops_cases as cases
 import pytest
@@ -87,6 +88,25 @@ def test_statistics_and_normalise_are_the_textbook_formulas(device, tolerances):
         assert_near(reference.normalise(x, mean, var, 0.1, *affine), expected, tolerances)
 
 
+def test_multi_target_sum_is_the_modules_and_a_loop_for_each_target(device, tolerances):
+    xs, _ = cases.make_inputs(4, (3, 5, 4, 6), torch.float64, device=device)
+    weights = torch.randn(2, 4, dtype=torch.float64, device=device)
+    plain, mean, var = reference.multi_target_sum(
+        xs, weights, [PLAIN] * 4, [0.0] * 4, *[[None] * 4] * 4
+    )
+    assert mean.shape == var.shape == (0,)
+    norm = nn.BatchNorm2d(5, affine=False).double().to(device)
+    kinds = [PLAIN, BATCH, PLAIN, BATCH]
+    normed, mean, _ = reference.multi_target_sum(
+        xs, weights, kinds, [norm.eps] * 4, *[[None] * 4] * 4
+    )
+    assert mean.shape == (4, 5)
+    terms = [xs[0], norm(xs[1]), xs[2], norm(xs[3])]
+    for t in range(2):
+        assert_near(plain[t], cases.stock(xs, weights[t]), tolerances)
+        assert_near(normed[t], cases.stock(terms, weights[t]), tolerances)
+
+
 @pytest.mark.parametrize(("channels", "k"), [(16, 4), (12, 3), (10, 2), (6, 6), (5, 1)])
 def test_channel_shuffle(channels, k, device):
     z = torch.randn(2, channels, 3, 2, device=device)
@@ -165,6 +185,26 @@ def test_path_probabilities_are_the_softmax(device):
     assert two[3].eq(0).all()
 
 
+@pytest.mark.parametrize("node_norm", [False, True])
+def test_sparse_connections_is_the_loop_over_edges_and_operations(node_norm, device):
+    alpha = torch.randn(5, 4, dtype=torch.float64, device=device)
+    beta = torch.tensor([-1.0, 0.3], dtype=torch.float64, device=device)
+    weights = reference.sparse_connections(alpha, beta, (2, 3), 0.5, node_norm, False)
+    first = 0
+    for degree, b in zip((2, 3), beta.tolist(), strict=True):
+        rows = [
+            [math.exp(a / 0.5) / sum(math.exp(o / 0.5) for o in row) for a in row]
+            for row in alpha[first : first + degree].tolist()
+        ]
+        most, t = max(map(max, rows)), 1 / (1 + math.exp(-b))
+        left = [[max(p / most - t, 0.0) for p in row] for row in rows]
+        for e, row in enumerate(left):
+            total = sum(map(sum, left)) if node_norm else sum(row)
+            expected = [q / total if total else 0.0 for q in row]
+            assert weights[first + e].tolist() == pytest.approx(expected)
+        first += degree
+
+
 # --- devices without kernels
 
 
@@ -179,6 +219,11 @@ def calls(device):
     yield ops.mixed_sum(xs, weights), [weights, *xs], []
     yield ops.mixed_sum(xs, [0.5] * 7), xs, []
     yield ops.mixed_batch_norm(xs, weights, norms[0]), [weights, *xs, *affine[0]], norms[0]
+    rows = torch.stack([weights, 2 * weights.flip(0)]).detach().requires_grad_()
+    yield ops.multi_target_sum(xs, rows)[1], [rows, *xs], []
+    shared = cases.doubled(cases.make_norms(7, 3, device))
+    y = torch.stack(ops.multi_target_sum(xs, rows, shared))
+    yield y, [rows, *xs, *cases.affine_parameters(shared)], shared
     y = ops.partial_channel_mix(x, xs, weights, 4, norms[1])
     yield y, [x, weights, *xs, *affine[1]], norms[1]
     yield ops.partial_channel_mix(x, xs, [0.5] * 7, 4), [x, *xs], []
@@ -186,6 +231,9 @@ def calls(device):
         paths = ops.sample_paths(logits, 3, 4, None, two)
         yield paths.probs, [logits], [paths.active, paths.inactive]
     yield ops.gate_gradient(xs[0], [None, *xs[1:]], probs), [probs, *xs], []
+    beta = torch.zeros(2, dtype=torch.float64, device=device, requires_grad=True)
+    for norm in ("edge", "node"):
+        yield ops.sparse_connections(logits, beta, (2, 3), 2.0, norm), [logits, beta], []
     kernels = [cases.make((3, 1, k, k), torch.float64, device=device) for k in (3, 5)]
     kernels[1].requires_grad_()
     yield ops.depthwise_group(xs[0], kernels, [2, 1], 2)[1], [xs[0], kernels[1]], []
@@ -228,7 +276,7 @@ def test_every_op_falls_back_where_there_are_no_kernels(device, monkeypatch, tol
             module = importlib.import_module(f"fastnas.ops.{name}")
             monkeypatch.setattr(module, "has_kernels", has_kernels, raising=False)
     fallback = outcomes(device)
-    assert len(asked) >= 9 and set(asked) == {device.type}
+    assert len(asked) >= 12 and set(asked) == {device.type}
     for k, (a, b) in enumerate(zip(fallback, expected, strict=True)):
         assert a.dtype == b.dtype
         if a.is_floating_point():

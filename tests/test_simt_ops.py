@@ -16,11 +16,17 @@ from pathlib import Path
 import ops_cases as cases
 import pytest
 import torch
-from ops_calls import CALLS
+from ops_calls import CALLS, WITHOUT_IMAGES
 from simt import harness
 
 from fastnas import _extension
-from fastnas.ops import depthwise_group, mixed_batch_norm, mixed_sum, partial_channel_mix
+from fastnas.ops import (
+    depthwise_group,
+    mixed_batch_norm,
+    mixed_sum,
+    multi_target_sum,
+    partial_channel_mix,
+)
 
 pytestmark = [
     pytest.mark.skipif(harness.compiler() is None, reason="no g++"),
@@ -54,6 +60,7 @@ def simt():
         "mixed_sum",
         "mixed_batch_norm",
         "mixed_batch_norm_statistics",
+        "multi_target_sum",
         "partial_channel_mix",
         "gate_gradient",
         "sample_paths",
@@ -61,6 +68,7 @@ def simt():
         "ops_alignment",
         "batch_norm_depthwise",
         "separable_group",
+        "sparse_connections",
     ],
 )
 def test_passes_the_tests_of_the_op(op, simt):
@@ -89,7 +97,10 @@ def has_cuda_kernels(name):
 SHAPED = [
     n
     for n in CALLS
-    if " of " not in n and not n.startswith(("sample_paths", "separable")) and has_cuda_kernels(n)
+    if " of " not in n
+    and n not in WITHOUT_IMAGES
+    and not n.startswith("separable")
+    and has_cuda_kernels(n)
 ]
 
 
@@ -134,7 +145,16 @@ def test_shapes_around_vectors_and_blocks(name, dtype, simt, tolerances, monkeyp
 
 
 @pytest.mark.parametrize(
-    "op", ["mixed_batch_norm", "mixed_sum", "gate_gradient", "sample_paths", "depthwise_group"]
+    "op",
+    [
+        "mixed_batch_norm",
+        "mixed_sum",
+        "gate_gradient",
+        "sample_paths",
+        "depthwise_group",
+        "sparse_connections",
+        "multi_target_sum",
+    ],
 )
 def test_more_blocks_than_a_grid_takes_are_an_error(op, simt):
     call = CALLS[op]("cpu")
@@ -163,6 +183,7 @@ def test_indices_beyond_the_narrow_ones(limit, layout, simt, tolerances):
         for y in (
             mixed_sum(xs, weights),
             mixed_batch_norm(xs, weights, norms),
+            *multi_target_sum(xs, weights * torch.tensor([[1.0], [0.5]]), norms)[1:],
             partial_channel_mix(rest, xs, weights, 4, norms),
         ):
             inputs = leaves if y.shape[1] == 4 else [*leaves, rest]

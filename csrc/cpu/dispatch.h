@@ -41,6 +41,14 @@ std::vector<const T*> const_pointers(at::TensorList xs) {
   return out;
 }
 
+template <typename T>
+std::vector<T*> pointers_to(at::TensorList xs) {
+  std::vector<T*> out;
+  for (const at::Tensor& x : xs)
+    out.push_back(x.numel() ? static_cast<T*>(x.mutable_data_ptr()) : nullptr);
+  return out;
+}
+
 inline std::vector<double> to_doubles(const at::Tensor& t) {
   const at::Tensor d = t.to(at::kDouble).contiguous();
   const double* p = d.const_data_ptr<double>();

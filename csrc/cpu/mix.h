@@ -184,7 +184,7 @@ class Mix {
     });
   }
 
- private:
+ protected:
   struct Range {
     int64_t n0, n1, c0, c1;  // images and channels of a task; columns: all channels, n in elements
     double values;           // per channel

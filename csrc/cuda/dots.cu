@@ -21,20 +21,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   using A = acc_type<T>;
   constexpr int kWidth = kColumns ? V : 1, kBatch = kBatchOf<V>;
   const int first_operand = static_cast<int>(blockIdx.y) * kDotSlice;
-  const int64_t side = blockIdx.x / static_cast<unsigned>(plan.parts),
-                part = blockIdx.x - side * plan.parts;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int row = kColumns ? thread / plan.lanes : thread, rows = kColumns ? plan.rows : kThreads;
-  const int64_t lane = kColumns ? side * plan.lanes + thread - row * plan.lanes : 0;
-  const bool works = row < rows && lane < plan.row;
-  const int64_t first = part * plan.share + row, last = first - row + plan.share;
+  const Share share = share_of<kColumns>(plan);
   const A* centre = static_cast<const A*>(args.centre);
 
   A plane_centre[kDotSlice];
 #pragma unroll
   for (int j = 0; j < kDotSlice; ++j) {
     const int k = first_operand + j;
-    plane_centre[j] = !kColumns && centre && k < args.K ? centre[k * plan.period + side] : A{0};
+    plane_centre[j] =
+        !kColumns && centre && k < args.K ? centre[k * plan.period + share.side] : A{0};
   }
 
   A acc[(kDotSlice + 1) * kWidth];
@@ -73,33 +68,19 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   };
-  if constexpr (kColumns) {
-    if (works) {
-      const int64_t step = rows * plan.row, cut = last * plan.row;
-      const int64_t end = cut < plan.vectors ? cut : plan.vectors;
-      for (int64_t vector = first * plan.row + lane; vector < end; vector += step)
-        add(place_of<V, kColumns>(plan, vector, lane, args.step));
-    }
-  } else {
-    const int64_t end = plan.N * plan.row;
-    for (int64_t q = first; q < last; q += rows) {
-      if (q >= end) break;
-      const int64_t n = plan.by_row.quotient(q), plane = n * plan.C + side,
-                    within = (q - n * plan.row) * V;
-      add({plane * plan.S + within, plane * args.step * plan.S + within, side});
-    }
-  }
+  for_each_of_share<V, kColumns>(plan, share, args.step, add);
 
-  sum_over_rows(acc, row, rows, kColumns ? plan.lanes : 1);
-  if (row != 0 || !works) return;
+  sum_over_rows(acc, share.row, share.rows, kColumns ? plan.lanes : 1);
+  if (share.row != 0 || !share.works) return;
   A* partial = static_cast<A*>(args.partial);
 #pragma unroll
   for (int j = 0; j <= kDotSlice; ++j) {
     if (j == 0 ? blockIdx.y != 0 : first_operand + j > args.K) continue;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const int64_t entry = kColumns ? lane * V + i : side, sum = j == 0 ? 0 : first_operand + j;
-      partial[(sum * plan.period + entry) * plan.parts + part] = acc[j * kWidth + i];
+      const int64_t entry = kColumns ? share.lane * V + i : share.side,
+                    sum = j == 0 ? 0 : first_operand + j;
+      partial[(sum * plan.period + entry) * plan.parts + share.part] = acc[j * kWidth + i];
     }
   }
 }

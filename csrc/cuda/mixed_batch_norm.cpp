@@ -90,15 +90,10 @@ void check_statistics(const char* op, int64_t C, const NormArguments& n, const a
   check_floating(op, "var", var);
 }
 
-Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& operands,
-                              const NormArguments& n, const at::Tensor& weights) {
+Statistics batch_parts(const Plan& plan, const std::vector<at::Tensor>& operands,
+                       const NormArguments& n, at::Tensor& parts) {
   const int64_t K = n.norms.K, partials = K * plan.partials();
-  const at::ScalarType acc = plan.dtype == Dtype::kDouble ? at::kDouble : at::kFloat;
-  const cudaStream_t stream = stream_of(weights);
-  Coefficients out;
-  out.mean = at::empty({K, plan.C}, weights.options().dtype(acc));
-  out.var = at::empty({K, plan.C}, weights.options().dtype(acc));
-  out.table = scratch(plan.tables(K + 1), acc, weights);
+  const at::Tensor& like = n.kept.front();
   Statistics statistics{};
   statistics.K = static_cast<int>(K);
   bool batch = false;
@@ -107,12 +102,25 @@ Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& o
       statistics.xs[k] = pointer(operands[k]);
       batch = true;
     }
-  const at::Tensor parts = scratch(batch ? 3 * partials : 0, at::kDouble, weights);
+  parts = scratch(batch ? 3 * partials : 0, at::kDouble, like);
   double* const first = static_cast<double*>(mutable_pointer(parts));
   statistics.count = first;
   statistics.mean = first + partials;
   statistics.m2 = first + 2 * partials;
-  if (batch) C10_CUDA_CHECK(launch_statistics(plan, statistics, stream));
+  if (batch) C10_CUDA_CHECK(launch_statistics(plan, statistics, stream_of(like)));
+  return statistics;
+}
+
+Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& operands,
+                              const NormArguments& n, const at::Tensor& weights) {
+  const int64_t K = n.norms.K;
+  const at::ScalarType acc = plan.dtype == Dtype::kDouble ? at::kDouble : at::kFloat;
+  Coefficients out;
+  out.mean = at::empty({K, plan.C}, weights.options().dtype(acc));
+  out.var = at::empty({K, plan.C}, weights.options().dtype(acc));
+  out.table = scratch(plan.tables(K + 1), acc, weights);
+  at::Tensor parts;
+  const Statistics statistics = batch_parts(plan, operands, n, parts);
   const Normalise normalise{statistics.count,
                             statistics.mean,
                             statistics.m2,
@@ -120,7 +128,7 @@ Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& o
                             mutable_pointer(out.var),
                             at_row(out.table, 0),
                             at_row(out.table, plan.tables(K))};
-  C10_CUDA_CHECK(launch_normalise(plan, n.norms, normalise, stream));
+  C10_CUDA_CHECK(launch_normalise(plan, n.norms, normalise, stream_of(weights)));
   return out;
 }
 
@@ -134,6 +142,18 @@ Combine combine_arguments(const Plan& plan, const Coefficients& f,
   args.y = y;
   args.step = step;
   return args;
+}
+
+bool needs_dot(const NormArguments& n, int64_t k, bool need_x, bool need_weights) {
+  return need_weights || n.norms.affine_row[k] >= 0 || (n.norms.kinds[k] == kBatch && need_x);
+}
+
+at::Tensor centre_rows(const Plan& plan, const at::Tensor& means) {
+  if (plan.period == plan.C && aligned(means.const_data_ptr())) return means;
+  const int64_t K = means.size(0);
+  const at::Tensor rows = scratch(plan.tables(K), means.scalar_type(), means);
+  C10_CUDA_CHECK(launch_repeat(plan, pointer(means), K, rows.mutable_data_ptr(), stream_of(means)));
+  return rows;
 }
 
 MixGradients mix_backward(const Plan& plan, const void* g, int64_t step,
@@ -152,17 +172,13 @@ MixGradients mix_backward(const Plan& plan, const void* g, int64_t step,
   dots.K = static_cast<int>(K);
   bool reduces = false;  // else no sum is asked for
   for (int64_t k = 0; k < K; ++k) {
-    const bool affine = n.norms.affine_row[k] >= 0;
-    const bool dot = need_weights || affine || (n.norms.kinds[k] == kBatch && need_xs[k]);
+    const bool dot = needs_dot(n, k, need_xs[k], need_weights);
     if (dot) dots.xs[k] = pointer(operands[k]);
     reduces = reduces || dot;
   }
-  at::Tensor partial, centre = means;
+  at::Tensor partial, centre;
   if (reduces && plan.elements) {
-    if (plan.period != C || !aligned(means.const_data_ptr())) {
-      centre = scratch(plan.tables(K), acc, weights);
-      C10_CUDA_CHECK(launch_repeat(plan, pointer(means), K, centre.mutable_data_ptr(), stream));
-    }
+    centre = centre_rows(plan, means);
     partial = scratch((K + 1) * plan.partials(), acc, weights);
     dots.centre = pointer(centre);
     dots.partial = mutable_pointer(partial);

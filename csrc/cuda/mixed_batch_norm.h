@@ -28,6 +28,10 @@ void add_running_statistics(const char* op, int64_t C, NormArguments& n, at::Ten
 void check_statistics(const char* op, int64_t C, const NormArguments& n, const at::Tensor& mean,
                       const at::Tensor& var);
 
+// Starts the statistics of the operands that are normalised by them and puts their parts into a tensor.
+Statistics batch_parts(const Plan& plan, const std::vector<at::Tensor>& operands,
+                       const NormArguments& n, at::Tensor& parts);
+
 // Means and variances that are used, in the accumulator's dtype, and the tables of the sum: coef [K][period], then bias.
 struct Coefficients {
   at::Tensor mean, var, table;
@@ -43,6 +47,12 @@ struct MixGradients {
   at::Tensor dw, dgamma, dbeta;
   at::Tensor tables;  // a, b and c of launch_gradients, [K][period] each
 };
+
+// Whether the backward needs sum g (x_k - mean_k).
+bool needs_dot(const NormArguments& n, int64_t k, bool need_x, bool need_weights);
+
+// Means [K][C] as a table [K][period] that vector loads may read.
+at::Tensor centre_rows(const Plan& plan, const at::Tensor& means);
 
 // All of the backward but the gradients of the operands, for which it leaves the tables. g is the slot of the output's
 // gradient. Operands without elements were not kept by the forward because nothing needs them.

@@ -9,7 +9,9 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 // Words of a block's tree that are in shared memory at once (kThreads / 2 of each).
 template <int W>
-constexpr int kTreeWords = W < 24 ? W : 18;
+constexpr int kTreeWords = W < 24        ? W
+                           : W % 18 == 0 ? 18
+                                         : 20;
 
 // Adds v[] of the threads row * lanes + lane over the rows, for each lane; row 0 gets the sums. A block of at most
 // kThreads threads, a multiple of 32; threads with row >= rows take part with nothing to add.

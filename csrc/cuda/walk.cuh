@@ -33,6 +33,46 @@ inline int64_t tiles_of(const Plan& p) {
                   : ceil_div(p.vectors, int64_t{U} * kThreads);
 }
 
+// What a thread of a reduction has: vectors row, row + rows, ... of a part of a channel (planes, where `side` is the
+// channel), or those of a lane in rows of a part of a chunk of lanes (columns, where `side` is the chunk).
+struct Share {
+  int64_t side, part, lane;
+  int row, rows;
+  bool works;
+};
+
+// For a grid with parts of every channel or chunk in x.
+template <bool kColumns>
+__device__ inline Share share_of(const Plan& p) {
+  const int64_t side = blockIdx.x / static_cast<unsigned>(p.parts),
+                part = blockIdx.x - side * p.parts;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int row = kColumns ? thread / p.lanes : thread, rows = kColumns ? p.rows : kThreads;
+  const int64_t lane = kColumns ? side * p.lanes + thread - row * p.lanes : 0;
+  return {side, part, lane, row, rows, row < rows && lane < p.row};
+}
+
+// Calls f(place) for the vectors of a share.
+template <int V, bool kColumns, typename F>
+__device__ inline void for_each_of_share(const Plan& p, const Share& s, int64_t step, F&& f) {
+  const int64_t first = s.part * p.share + s.row, last = first - s.row + p.share;
+  if constexpr (kColumns) {
+    if (!s.works) return;
+    const int64_t stride = s.rows * p.row, cut = last * p.row;
+    const int64_t end = cut < p.vectors ? cut : p.vectors;
+    for (int64_t vector = first * p.row + s.lane; vector < end; vector += stride)
+      f(place_of<V, kColumns>(p, vector, s.lane, step));
+  } else {
+    const int64_t end = p.N * p.row;
+    for (int64_t q = first; q < last; q += s.rows) {
+      if (q >= end) break;
+      const int64_t n = p.by_row.quotient(q), plane = n * p.C + s.side,
+                    within = (q - n * p.row) * V;
+      f(Place{plane * p.S + within, plane * step * p.S + within, s.side});
+    }
+  }
+}
+
 // Calls f(places, valid) for the `tiles` of the launch that fall to this thread. valid[0] holds always; a place that is not valid repeats place
 // 0, so that it may be read but not written.
 template <int V, bool kColumns, int U, typename F>

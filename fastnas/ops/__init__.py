@@ -6,9 +6,11 @@ from fastnas.ops.depthwise_group import depthwise_group
 from fastnas.ops.gate_gradient import gate_gradient
 from fastnas.ops.mixed_batch_norm import mixed_batch_norm
 from fastnas.ops.mixed_sum import mixed_sum
+from fastnas.ops.multi_target_sum import multi_target_sum
 from fastnas.ops.partial_channel_mix import partial_channel_mix
 from fastnas.ops.sample_paths import Paths, sample_paths
 from fastnas.ops.separable_group import separable_group
+from fastnas.ops.sparse_connections import sparse_connections
 
 __all__ = [
     "Paths",
@@ -17,7 +19,9 @@ __all__ = [
     "gate_gradient",
     "mixed_batch_norm",
     "mixed_sum",
+    "multi_target_sum",
     "partial_channel_mix",
     "sample_paths",
     "separable_group",
+    "sparse_connections",
 ]

@@ -2,30 +2,28 @@
 """Every op once more in plain PyTorch: what it computes, with nothing done for speed.
 
 The tests compare the kernels with these functions, devices without kernels run them, and second
-derivatives are taken through them. They are meant to be read beside the papers.
+derivatives are taken through them. They are meant to be read beside the papers. What works on
+architecture parameters alone is in reference_architecture.py.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnas.ops._dtypes import accumulate_dtype as accumulate_dtype
+from fastnas.ops._dtypes import result_dtype as result_dtype
+from fastnas.ops.reference_architecture import path_probabilities as path_probabilities
+from fastnas.ops.reference_architecture import path_softmax as path_softmax
+from fastnas.ops.reference_architecture import philox4x32 as philox4x32
+from fastnas.ops.reference_architecture import sample_path_indices as sample_path_indices
+from fastnas.ops.reference_architecture import sparse_connections as sparse_connections
+
 # How a candidate's output enters the sum.
 PLAIN, BATCH, RUNNING = 0, 1, 2
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are taken in: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def result_dtype(xs: Sequence[Tensor]) -> torch.dtype:
-    """What ``sum(w * x for x in xs)`` has for 0-d weights, which promote nothing."""
-    return functools.reduce(torch.promote_types, (x.dtype for x in xs))
 
 
 def mixed_sum(xs: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -93,14 +91,30 @@ def mixed_batch_norm(
         ``y`` of the shape of ``xs[0]``; the means and the biased variances that were used, ``(K,
         C)`` each (zeros and ones where nothing was normalised).
     """
-    dtype = result_dtype(xs)
-    acc = accumulate_dtype(dtype)
+    terms, mean, var = _normalised(
+        xs, weights, kinds, eps, gammas, betas, running_means, running_vars
+    )
+    return mixed_sum(terms, weights).to(result_dtype(xs)), mean, var
+
+
+def _normalised(
+    xs: Sequence[Tensor],
+    like: Tensor,
+    kinds: Sequence[int],
+    eps: Sequence[float],
+    gammas: Sequence[Tensor | None],
+    betas: Sequence[Tensor | None],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """What the sum of :func:`mixed_batch_norm` is over, and the statistics that were used."""
+    acc = accumulate_dtype(result_dtype(xs))
     channels = xs[0].shape[1]
     terms: list[Tensor] = []
     means: list[Tensor] = []
     variances: list[Tensor] = []
     for k, x in enumerate(xs):
-        mean, var = weights.new_zeros(channels, dtype=acc), weights.new_ones(channels, dtype=acc)
+        mean, var = like.new_zeros(channels, dtype=acc), like.new_ones(channels, dtype=acc)
         if kinds[k] == BATCH:
             mean, var = (t.to(acc) for t in statistics(x))
         elif kinds[k] == RUNNING:
@@ -113,8 +127,41 @@ def mixed_batch_norm(
         )
         means.append(mean)
         variances.append(var)
-    y = mixed_sum(terms, weights).to(dtype)
-    return y, torch.stack(means), torch.stack(variances)
+    return terms, torch.stack(means), torch.stack(variances)
+
+
+def multi_target_sum(
+    xs: Sequence[Tensor],
+    weights: Tensor,
+    kinds: Sequence[int],
+    eps: Sequence[float],
+    gammas: Sequence[Tensor | None],
+    betas: Sequence[Tensor | None],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """``ys[t] = sum_k weights[t, k] * norm_k(xs[k])``: outputs that several nodes share.
+
+    Args:
+        xs: K tensors of one shape.
+        weights: ``(T, K)``.
+        kinds: see :func:`mixed_batch_norm`, also for what follows.
+        eps: see ``kinds``.
+        gammas: see ``kinds``.
+        betas: see ``kinds``.
+        running_means: see ``kinds``.
+        running_vars: see ``kinds``.
+
+    Returns:
+        T tensors of the shape of ``xs[0]``; the means and the biased variances that were used,
+        ``(K, C)`` each, empty where nothing was normalised.
+    """
+    if all(kind == PLAIN for kind in kinds):
+        return [mixed_sum(xs, w) for w in weights], weights.new_empty(0), weights.new_empty(0)
+    terms, mean, var = _normalised(
+        xs, weights, kinds, eps, gammas, betas, running_means, running_vars
+    )
+    return [mixed_sum(terms, w).to(result_dtype(xs)) for w in weights], mean, var
 
 
 def channel_shuffle(z: Tensor, k: int) -> Tensor:
@@ -265,124 +312,3 @@ def separable_group(
         )  # fmt: skip
     ys = [F.conv2d(h, p.to(acc)).to(x.dtype) for h, p in zip(hs, pointwise, strict=True)]
     return ys, mean, var
-
-
-# --- path sampling
-
-_MASK = 0xFFFFFFFF
-_UNIT = 1 << 24
-
-
-def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """Philox-4x32 with 10 rounds (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words.
-
-    Args:
-        counter: ``(..., 4)``, words in 0 .. 2^32 - 1.
-        key: two words.
-
-    Returns:
-        Four random words for each counter, ``(..., 4)``.
-    """
-    c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = key
-    for _ in range(10):
-        # The product of two 32-bit words wraps in int64, but its bits are those of the unsigned
-        # product.
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        high0, low0 = (product0 >> 32) & _MASK, product0 & _MASK
-        high1, low1 = (product1 >> 32) & _MASK, product1 & _MASK
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return torch.stack([c0, c1, c2, c3], -1)
-
-
-def _path_mass(logits: Tensor, counts: Tensor | None) -> Tensor:
-    """Integers in proportion to ``softmax(logits)``: an edge's largest is 2^24, a live one >= 1.
-
-    Sums and comparisons of integers are exact, so devices that agree on these agree on every draw.
-    """
-    edges, width = logits.shape
-    x = logits.to(torch.float64)
-    column = torch.arange(width, device=logits.device)
-    live = ~(torch.isnan(x) | torch.isneginf(x))
-    if counts is not None:
-        live = live & (column < counts.unsqueeze(1))
-    x = x.masked_fill(~live, -torch.inf)
-    top = x.amax(1, keepdim=True) if width else x.new_zeros(edges, 1)
-    relative = torch.where(x == top, torch.zeros_like(x), x - top)
-    mass = torch.round(torch.exp(relative) * _UNIT).to(torch.int64).clamp_(min=1)
-    return mass.masked_fill(~live, 0)
-
-
-def _draw(mass: Tensor, word: Tensor) -> Tensor:
-    """Index drawn in proportion to ``mass`` (E, K) by a 32-bit ``word`` (E,); -1 if all is 0."""
-    cumulative = mass.cumsum(1)
-    total = cumulative[:, -1:]
-    # K <= 64 keeps total <= 2^30, so the product stays within 62 bits.
-    threshold = (word.unsqueeze(1) * total) >> 32
-    index = (cumulative <= threshold).sum(1)
-    return torch.where(total.squeeze(1) > 0, index, torch.full_like(index, -1))
-
-
-def sample_path_indices(
-    logits: Tensor, counts: Tensor | None, seed: int, step: int, two: bool
-) -> tuple[Tensor, Tensor]:
-    """The draws of :func:`fastnas.ops.sample_paths`: active and inactive candidates, -1: none."""
-    edges = logits.shape[0]
-    counter = torch.zeros(edges, 4, dtype=torch.int64, device=logits.device)
-    counter[:, 0] = torch.arange(edges, device=logits.device)
-    counter[:, 2], counter[:, 3] = step & _MASK, (step >> 32) & _MASK
-    words = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
-    mass = _path_mass(logits, counts)
-    first = _draw(mass, words[:, 0])
-    if not two:
-        return first, torch.full_like(first, -1)
-    row = torch.arange(edges, device=logits.device)
-    rest = mass.clone()
-    rest[row, first.clamp(min=0)] = 0
-    second = _draw(rest, words[:, 1])
-    first_mass = mass[row, first.clamp(min=0)]
-    second_mass = torch.where(second >= 0, mass[row, second.clamp(min=0)], torch.zeros_like(first))
-    swap = ((words[:, 2] * (first_mass + second_mass)) >> 32) >= first_mass
-    swap = swap & (second >= 0)
-    return torch.where(swap, second, first), torch.where(swap, first, second)
-
-
-def path_softmax(
-    logits: Tensor, counts: Tensor | None, active: Tensor, inactive: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over all live candidates of an edge, or over its pair where two were drawn.
-
-    Returns:
-        The probabilities, and where the active and the inactive candidate are; ``(E, K)`` each.
-    """
-    x = logits.to(accumulate_dtype(logits.dtype))
-    column = torch.arange(logits.shape[1], device=logits.device)
-    if counts is not None:
-        x = x.masked_fill(column >= counts.unsqueeze(1), -torch.inf)
-    chosen = column == active.unsqueeze(1)
-    other = column == inactive.unsqueeze(1)
-    paired = (inactive >= 0).unsqueeze(1)
-    kept = torch.where(paired, chosen | other, torch.ones_like(chosen))
-    x = x.masked_fill(~kept | torch.isnan(x), -torch.inf)
-    # +inf is the limit of a growing logit: those that have it share everything.
-    infinite = torch.isposinf(x)
-    x = x.masked_fill(infinite.any(1, keepdim=True) & ~infinite, -torch.inf)
-    x = x.masked_fill(infinite, 0.0)
-    # An edge without live candidates chooses nothing; equal logits keep NaN out of its gradient.
-    x = x.masked_fill((active < 0).unsqueeze(1), 0.0)
-    return torch.softmax(x, 1), chosen, other
-
-
-def path_probabilities(
-    logits: Tensor, counts: Tensor | None, active: Tensor, inactive: Tensor
-) -> Tensor:
-    """Probabilities that go with sampled paths, differentiable in ``logits``.
-
-    Returns:
-        ``(E, 2)``: the softmax probability of the active candidate and 0 where nothing is inactive,
-        else the probabilities of the pair, renormalised to sum to 1 (two-path mode of
-        ProxylessNAS).
-    """
-    p, chosen, other = path_softmax(logits, counts, active, inactive)
-    return torch.stack([(p * chosen).sum(1), (p * other).sum(1)], 1).to(logits.dtype)

@@ -10,7 +10,7 @@ import argparse
 import sys
 
 import torch
-from ops_calls import CALLS, SHAPE
+from ops_calls import CALLS, SHAPE, WITHOUT_IMAGES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 #: Rows of whole vectors, and of none; one with as many channels as make two chunks of a row.
@@ -29,7 +29,7 @@ def main() -> int:
                     call = make(device, layout=layout, dtype=dtype, shape=shape)
                     call.run(call.inputs)
                     done += 1
-                    if name == "sample_paths":  # has neither layout nor shape
+                    if name in WITHOUT_IMAGES:
                         break
         if device == "cuda":
             torch.cuda.synchronize()
