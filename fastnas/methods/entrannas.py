@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
+from fastnas import ops
 from fastnas.methods.base import (
     ArchParameters,
     MethodOptions,
@@ -31,7 +32,6 @@ from fastnas.methods.base import (
 )
 from fastnas.methods.darts import Darts, DartsOptions
 from fastnas.methods.learner import Batch, Learner, Outcome
-from fastnas.methods.sparse_connections import sparse_connections
 from fastnas.spaces.base import (
     CellRoles,
     CellSelection,
@@ -305,7 +305,7 @@ class EnTranNASDST(_EngineAndTransit):
         """``fastnas.ops.sparse_connections``: exactly 0 for what is not derived."""
         o = self.options
         return {
-            kind: sparse_connections(
+            kind: ops.sparse_connections(
                 arch.alpha(kind),
                 arch.beta(kind),
                 spec.inputs_per_node,
@@ -317,8 +317,16 @@ class EnTranNASDST(_EngineAndTransit):
         }
 
     def choose(self, strengths: list[list[float]], spec: CellSpec) -> Connections:
-        """All connections with a weight; NaN counts, so that it shows in the loss."""
-        return tuple(tuple(k for k, q in enumerate(row) if not q <= 0) for row in strengths)
+        """All connections with a weight.
+
+        A node has none where its alphas are NaN; then it keeps all, until the loop has seen the
+        loss that made them so.
+        """
+        found = [tuple(k for k, q in enumerate(row) if q > 0) for row in strengths]
+        for rows in spec.node_slices:
+            if not any(found[rows]):
+                found[rows] = [tuple(range(len(spec.primitives)))] * (rows.stop - rows.start)
+        return tuple(found)
 
     def _engine(self, strengths: Tensor, derived: Connections) -> CellWeights | CellSelection:
         """What has a weight: the others would add exact zeros, and have no gradient."""
