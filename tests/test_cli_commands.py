@@ -142,7 +142,7 @@ def test_signal_saves_and_says_how_to_go_on(folder, capsys, number):
         (["search", "--preset", "big"], "preset: expected one of demo, cifar10, imagenet"),
         (
             ["search", "--method", "magic"],
-            "method: unknown name 'magic', known are da2s, darts, pc_darts",
+            "method: unknown name 'magic', known are da2s, darts, entrannas",
         ),
         (["search", "--space", "outer"], "space: unknown name 'outer', known are darts"),
         (["search", "--epochs", "0"], "epochs: expected at least 1, but got 0"),
