@@ -97,7 +97,8 @@ def test_nodes_by_calling_the_candidates(share, stride, training, memory, connec
     other = copy.deepcopy(holder)
     places = [list(dict.fromkeys(edges)).index(edge) for edge in edges]
     inputs = [torch.randn(2, 4, 6, 6, dtype=torch.float64) for _ in range(2)]
-    ops = torch.randn(14, K, dtype=torch.float64)
+    chosen = torch.tensor([[k in ks for k in range(K)] for ks in connections])
+    ops = torch.randn(14, K, dtype=torch.float64) * chosen
 
     def observe(module: nn.ModuleList, function) -> dict[str, Tensor]:
         leaves = [t.clone().requires_grad_() for t in (*inputs, ops)]
@@ -109,6 +110,8 @@ def test_nodes_by_calling_the_candidates(share, stride, training, memory, connec
         seen = {f"state {i}": s.detach() for i, s in enumerate(states)}
         seen |= {f"grad {i}": torch.zeros_like(t) if t.grad is None else t.grad
                  for i, t in enumerate(leaves)}  # fmt: skip
+        # Of connections that are not executed it is nobody's.
+        seen["grad 2"] = seen["grad 2"] * chosen
         for name, p in module.named_parameters():
             seen[f"grad {name}"] = torch.zeros_like(p) if p.grad is None else p.grad
         return seen | {f"buffer {n}": b.clone() for n, b in module.named_buffers()}
@@ -231,7 +234,8 @@ def test_shared_and_unshared_agree_for_equal_weights(weights: Connections) -> No
     apart.load_state_dict({n: state.get(n, t) if "_ops" not in n else t
                            for n, t in apart.state_dict().items()})  # fmt: skip
     ops = torch.rand(14, K).double()
-    for given in (CellSelection(weights, ops), CellSelection(weights), CellWeights(ops)):
+    some = ops * torch.tensor([[k in ks for k in range(K)] for ks in weights])
+    for given in (CellSelection(weights, some), CellSelection(weights), CellWeights(ops)):
         torch.testing.assert_close(
             loss_of(apart, given, x), loss_of(shared, given, x), rtol=1e-11, atol=1e-11
         )

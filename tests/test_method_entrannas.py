@@ -105,6 +105,11 @@ def test_options_that_are_refused(given: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("method", BOTH)
+def test_steps_are_not_recorded(method: str) -> None:
+    assert "connections that the host read" in METHODS[method](SPECS).graph_obstacle()
+
+
+@pytest.mark.parametrize("method", BOTH)
 def test_configurations_that_are_refused(method: str, tmp_path: Path) -> None:
     options = METHODS[method].Options
     with pytest.raises(ValueError, match=f"target: expected none with the method '{method}'"):

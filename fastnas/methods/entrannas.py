@@ -52,7 +52,7 @@ class EngineOptions(DartsOptions):
 
     engine_cells: str = "last"
     """Which cells are Engine-cells: last is the last of each kind; 2,5 or 0,2,5 their numbers from
-    0, at least one of each kind; all is DARTS. The later they stand, the less memory it takes."""
+    0, at least one of each kind; all mixes in every cell. The later, the less memory it takes."""
     share: bool = True
     """A candidate that leaves a state is one for all later nodes, and computed once (feature
     sharing)."""
@@ -179,6 +179,10 @@ class _EngineAndTransit(Darts):
         finally:
             self._hosted = None
 
+    def graph_obstacle(self) -> str | None:
+        """What is derived decides what is executed."""
+        return "every step executes the connections that the host read after the one before"
+
     def derive(self, arch: ArchParameters, space: Space) -> Any:
         """The genotype of what the Transit-cells would host next."""
         with torch.no_grad():
@@ -212,8 +216,8 @@ def _nonzero(ops: Tensor) -> Connections:
 
 
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # Two Engine-cells, and more than one Transit-cell.
-    "demo": {"layers": 5},
+    # Two Engine-cells and three Transit-cells; few steps, so that the alphas are fast.
+    "demo": {"layers": 5, "arch_lr": 0.05},
     # The authors' are not known; these are those of DARTS.
     "cifar10": {
         "batch_size": 64,
@@ -288,7 +292,11 @@ class EnTranNASDST(_EngineAndTransit):
     """EnTranNAS with a learnt topology: every node keeps what exceeds its threshold."""
 
     Options: ClassVar[type[MethodOptions]] = EnTranNASDSTOptions
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = _PRESETS
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **_PRESETS,
+        # A threshold that something falls below within these steps.
+        "demo": {**_PRESETS["demo"], "options": EnTranNASDSTOptions(beta_init=1.0)},
+    }
     options: EnTranNASDSTOptions
 
     def parameters(self) -> ArchParameters:
@@ -365,6 +373,7 @@ class EnTranNASDST(_EngineAndTransit):
         strengths, roles = self.strengths(arch), {}
         for kind, all_alike in pruned.items():
             assert isinstance(all_alike, CellSelection)
-            engine = CellSelection(all_alike.connections, strengths[kind])
+            ops_there = strengths[kind] * (one_hot[kind].ops > 0)
+            engine = CellSelection(all_alike.connections, ops_there)
             roles[kind] = CellRoles(engine, all_alike)
         return roles

@@ -3,12 +3,14 @@
 
 A node is the sum over its connections (edge e, candidate k) of ``w_ek o_ek(x)``, with weights or
 without. Edges that leave the same state may share their candidates, as in EnTranNAS: then
-``o_ek`` is computed once, however many nodes read it.
+``o_ek`` is computed once, however many nodes read it, and with weights its BatchNorm as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +52,7 @@ def run_connections(
             candidates returns zeros. Edges that leave the same state may have the same one.
         connections: for each edge the candidates that are executed, ascending; at least one at
             each node.
-        op_weights: ``[E, K]``, of which those of the connections are used; None for ones.
+        op_weights: ``[E, K]``, 0 for all other connections; None for ones.
         memory: as for ``fastnas.nn.cell.run_nodes``.
 
     Returns:
@@ -60,46 +62,72 @@ def run_connections(
     starts = node_starts(inputs, len(edges))
     routes = {id(edge): edge._routes() for edge in edges}
     again = Recompute() if memory == "low" and Recompute.is_possible() else None
-    run, mix = (call, call) if again is None else (again.run, again.mix)
+    run: Any = call if again is None else again.run
+    mix: Any = call if again is None else again.mix
     arrivals: list[list[_Feature]] = [[] for _ in starts]
+    sums: list[list[Tensor]] = [[] for _ in starts]
+    joined = op_weights is not None and len(routes) < len(edges)
 
     def leave(source: int) -> None:
         nodes = range(max(source - inputs + 1, 0), len(starts))
-        wanted: list[list[Route]] = []
-        for node in nodes:
-            edge = starts[node] + source
-            wanted.append([routes[id(edges[edge])][k] for k in connections[edge]])
-        distinct = list({id(route): route for row in wanted for route in row}.values())
-        if not distinct:
+        live = [(n, e) for n in nodes if connections[e := starts[n] + source]]
+        rows = [[routes[id(edges[e])][k] for k in connections[e]] for _, e in live]
+        outputs = _evaluate(states[source], rows, run)
+        if joined and live:
+            assert op_weights is not None
+            weights = torch.stack([op_weights[e] for _, e in live])
+            held = routes[id(edges[live[0][1]])]
+            xs, norms = [outputs.get(id(r)) for r in held], [r.norm for r in held]
+            for (node, _), y in zip(
+                live, mix(ops.multi_target_sum, xs, weights, norms), strict=True
+            ):
+                sums[node].append(y)
             return
-        recipes = [route.recipe for route in distinct]
-        (outputs,) = evaluate_source(states[source], [recipes], run)
-        found = {id(r): _Feature(x, r.norm) for r, x in zip(distinct, outputs, strict=True)}
-        for node, row in zip(nodes, wanted, strict=True):
+        seen: set[int] = set()
+        for (node, _), row in zip(live, rows, strict=True):
             for route in row:
-                feature = found[id(route)]
-                arrivals[node].append(feature)
-                found[id(route)] = _Feature(feature.x, _silent(feature.norm))
+                norm = _silent(route.norm) if id(route) in seen else route.norm
+                arrivals[node].append(_Feature(outputs[id(route)], norm))
+                seen.add(id(route))
 
     for source in range(inputs):
         leave(source)
     for node, start in enumerate(starts):
         # Dropped here, so that nothing of it outlives its last use.
         arrived, arrivals[node] = arrivals[node], []
-        xs, norms = [feature.x for feature in arrived], [feature.norm for feature in arrived]
-        if op_weights is None:
-            # Made where they are used: numbers from the host would have to be waited for.
-            weights = torch.ones(len(xs), device=xs[0].device)
+        parts, sums[node] = sums[node], []
+        if parts:
+            states.append(reduce(add, parts))
         else:
-            rows = op_weights[start : start + inputs + node]
-            width = rows.shape[1]
-            chosen = enumerate(connections[start : start + inputs + node])
-            used = [e * width + k for e, ks in chosen for k in ks]
-            weights = select_weights(rows.reshape(-1), used)  # type: ignore[assignment]  # of a tensor it is one
-        states.append(mix(ops.mixed_batch_norm, xs, weights, norms))
+            rows = slice(start, start + inputs + node)
+            row = None if op_weights is None else _chosen(op_weights[rows], connections[rows])
+            states.append(_mix(arrived, row, mix))
         if node + 1 < len(starts):
             leave(inputs + node)
     return states
+
+
+def _evaluate(x: Tensor, rows: Sequence[Sequence[Route]], run: Any) -> dict[int, Tensor]:
+    """What the candidates of all edges that leave ``x`` return, each run once, by their routes."""
+    distinct = {id(route): route for row in rows for route in row}
+    (outputs,) = evaluate_source(x, [[route.recipe for route in distinct.values()]], run)
+    return dict(zip(distinct, outputs, strict=True))
+
+
+def _chosen(weights: Tensor, connections: Sequence[Sequence[int]]) -> Tensor:
+    """The weights of the connections of a node, ``weights`` being those of its edges."""
+    width = weights.shape[1]
+    used = [edge * width + k for edge, ks in enumerate(connections) for k in ks]
+    return select_weights(weights.reshape(-1), used)  # type: ignore[return-value]  # of a tensor
+
+
+def _mix(arrived: Sequence[_Feature], weights: Tensor | None, mix: Any) -> Tensor:
+    """The sum over all that arrives at a node."""
+    xs, norms = [feature.x for feature in arrived], [feature.norm for feature in arrived]
+    if weights is None:
+        # Made where they are used: numbers from the host would have to be waited for.
+        weights = torch.ones(len(xs), device=xs[0].device)
+    return mix(ops.mixed_batch_norm, xs, weights, norms)
 
 
 def _silent(norm: Any) -> Any:

@@ -61,8 +61,8 @@ class CellSelection(NamedTuple):
 
     Attributes:
         connections: the candidates of each edge, at least one at each node.
-        ops: ``[E, K]``, the weights of these connections among others; None adds them up plainly,
-            as the derived network does.
+        ops: ``[E, K]``, the weights of these connections, and 0 for all others; None adds them up
+            plainly, as the derived network does.
     """
 
     connections: Connections
