@@ -32,6 +32,7 @@ from fastnas.methods.base import (
 )
 from fastnas.methods.darts import Darts, DartsOptions
 from fastnas.methods.learner import Batch, Learner, Outcome
+from fastnas.methods.target import CostTerm
 from fastnas.spaces.base import (
     CellRoles,
     CellSelection,
@@ -88,8 +89,16 @@ class _EngineAndTransit(Darts):
     needs: ClassVar[frozenset[str]] = frozenset({"engine_cells"})
     options: EngineOptions
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+    def __init__(
+        self,
+        specs: Mapping[str, CellSpec],
+        options: MethodOptions | None = None,
+        *,
+        seed: int = 0,
+        term: CostTerm | None = None,
+    ) -> None:
+        """Nothing is derived yet."""
+        super().__init__(specs, options, seed=seed, term=term)
         self._derived: dict[str, Connections] = {}
         #: The parameters that ``_derived`` is of, and their versions.
         self._source: list[tuple[Tensor, int]] = []
