@@ -238,6 +238,19 @@ def test_every_change_of_the_parameters_is_noticed(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", BOTH)
+def test_a_fused_step_is_noticed(method: str) -> None:
+    """It changes the parameters behind autograd's back."""
+    s = search(method)
+    scatter(s.arch)
+    s.learner.arch_optimizer = torch.optim.Adam(s.arch.parameters(), 2.0, fused=True)
+    batch = next(iter(s.halves.weights.iterate(0)))
+    for _ in range(2):
+        s.method.iteration(s.learner, batch, lambda: batch, NOW)
+        fresh = METHODS[method](s.method.specs, s.method.options)
+        assert s.method.connections(s.arch) == fresh.connections(s.arch)
+
+
+@pytest.mark.parametrize("method", BOTH)
 def test_an_error_leaves_nothing_hosted(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     s = search(method)
     batch = next(iter(s.halves.weights.iterate(0)))

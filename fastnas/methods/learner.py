@@ -143,6 +143,8 @@ class Learner:
         if self.arch_grad_clip > 0:
             nn.utils.clip_grad_norm_(parameters, self.arch_grad_clip)
         self.arch_optimizer.step()
+        # A fused step leaves the versions as they were, by which methods notice that it was made.
+        torch.autograd.graph.increment_version(parameters)
         self.arch_optimizer.zero_grad(set_to_none=True)
 
     def set_rate(self, rate: float) -> None:
