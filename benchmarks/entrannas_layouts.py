@@ -42,18 +42,27 @@ class Layout(NamedTuple):
     parameters: int
 
 
-def measure(engine_cells: str | Sequence[int], share: bool, memory: str = "default") -> Layout:
-    """Build a supernet and count."""
+def build(engine_cells: str | Sequence[int], share: bool, memory: str = "default") -> Supernet:
+    """The supernet of a layout."""
     torch.manual_seed(0)
-    net = Supernet(16, 8, none=False, engine_cells=engine_cells, share=share, memory=memory)
+    return Supernet(16, 8, none=False, engine_cells=engine_cells, share=share, memory=memory)
+
+
+def measure(net: Supernet) -> Layout:
+    """All figures of a supernet."""
     weights = roles(net)
-    x = torch.randn(BATCH, *IMAGE)
     return Layout(
-        evaluations(net, x, weights),
+        evaluations(net, torch.randn(BATCH, *IMAGE), weights),
         count_macs(net, (1, *IMAGE), weights),
-        saved_bytes(lambda: [net(x, weights)], tuple(net.parameters())) // BATCH,
+        saved(net),
         count_parameters(net),
     )
+
+
+def saved(net: Supernet) -> int:
+    """Bytes kept for the backward, of one image."""
+    x, weights = torch.randn(BATCH, *IMAGE), roles(net)
+    return saved_bytes(lambda: [net(x, weights)], tuple(net.parameters())) // BATCH
 
 
 def roles(net: Supernet) -> dict[str, CellRoles]:
@@ -86,7 +95,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for cells in LAYOUTS:
         for share in (False, True):
-            found = measure(cells, share, memory)
+            found = measure(build(cells, share, memory))
             names = "all 8" if cells == "all" else " and ".join(map(str, cells))
             print(
                 f"| {names} | {'shared' if share else 'apart'} | {found.evaluations} | "
