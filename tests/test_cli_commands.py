@@ -64,6 +64,21 @@ SEARCH = ["search", "--data", "fashion-mnist:images", "--split", "random", *TINY
 EVAL = ["eval", "--data", "fashion-mnist:images", *TINY]
 
 
+@pytest.mark.parametrize("words", [["--derive", "pairs"], ["--norm", "node", "--beta-init", "-1"]])
+def test_engine_and_transit_cells(folder, capsys, words):
+    method = "entrannas" if "--derive" in words else "entrannas_dst"
+    assert main([*SEARCH, "--method", method, "--engine-cells", "0,1", *words]) == 0
+    assert main(["gap", "runs/demo", "--json"]) == 0
+    assert '"pruned_bn"' in capsys.readouterr().out.splitlines()[-1]
+    found = json.loads(Path("runs/demo/genotype.json").read_text())
+    assert found["version"] == (1 if method == "entrannas" else 2)
+    assert main([*EVAL, "--no-auxiliary"]) == 0
+    assert json.loads(Path("runs/demo/eval/result.json").read_text())["epochs"] == 2
+    again = [*SEARCH, "--method", method, "--out", "runs/other", "--engine-cells", "0,3"]
+    assert main(again) == 2
+    assert "engine_cells: wanted different numbers from 0 to 2" in capsys.readouterr().err
+
+
 def test_search_and_eval(folder, capsys):
     assert main(SEARCH) == 0
     out = capsys.readouterr().out
@@ -142,7 +157,7 @@ def test_signal_saves_and_says_how_to_go_on(folder, capsys, number):
         (["search", "--preset", "big"], "preset: expected one of demo, cifar10, imagenet"),
         (
             ["search", "--method", "magic"],
-            "method: unknown name 'magic', known are da2s, darts, pc_darts",
+            "method: unknown name 'magic', known are da2s, darts, entrannas",
         ),
         (["search", "--space", "outer"], "space: unknown name 'outer', known are darts"),
         (["search", "--epochs", "0"], "epochs: expected at least 1, but got 0"),

@@ -107,7 +107,7 @@ def test_json_keeps_what_differs_from_the_defaults() -> None:
         ({"options": {"k": 2}}, r"run: options: unknown field 'k'; known are order, partial"),
         ({"options": {"partial_channels": 0}}, r"run: options: partial_channels: expected at l"),
         ({"method": "nothing", "options": {}}, r"run: method: unknown name 'nothing'"),
-        ({"method": "nothing"}, r"run: method: unknown name 'nothing', known are .*darts, pc_"),
+        ({"method": "nothing"}, r"run: method: unknown name 'nothing', known are .*darts, .*pc_"),
         ({"space": "nothing"}, r"run: space: unknown name 'nothing'"),
         ({"epochs": 0}, r"run: epochs: expected at least 1, but got 0"),
         ([], r"run: expected an object with fields, but got \[\]"),
@@ -134,7 +134,7 @@ def test_json_from_elsewhere(fields: object, message: str) -> None:
         ({"weight_share": 0.9}, "expected a sum of at most 1, but got 0.9 and 0.16"),
         ({"arch_betas": (0.5, 1.0)}, r"arch_betas: expected 0 <= beta < 1"),
         ({"out": None, "resume": True}, "resume: expected a folder in out"),
-        ({"method": "pcdarts"}, "method: unknown name 'pcdarts', known are .*darts, pc_darts"),
+        ({"method": "pcdarts"}, "method: unknown name 'pcdarts', known are .*darts, .*pc_darts"),
     ],
 )
 def test_values_out_of_range(fields: dict[str, object], message: str) -> None:

@@ -17,6 +17,12 @@ from fastnas.methods.base import (
 )
 from fastnas.methods.da2s import DA2S, DA2SOptions
 from fastnas.methods.darts import Darts, DartsOptions
+from fastnas.methods.entrannas import (
+    EnTranNAS,
+    EnTranNASDST,
+    EnTranNASDSTOptions,
+    EnTranNASOptions,
+)
 from fastnas.methods.learner import Batch, Learner, Outcome
 from fastnas.methods.pc_darts import PCDarts, PCDartsOptions
 from fastnas.methods.proxyless import Proxyless, ProxylessOptions
@@ -31,6 +37,10 @@ __all__ = [
     "DA2SOptions",
     "Darts",
     "DartsOptions",
+    "EnTranNAS",
+    "EnTranNASDST",
+    "EnTranNASDSTOptions",
+    "EnTranNASOptions",
     "Learner",
     "Method",
     "MethodOptions",

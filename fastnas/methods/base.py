@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastnas.methods.budget import cheapest, is_chain, within_budget
 from fastnas.methods.target import CostTerm
-from fastnas.spaces.base import CellGates, CellSpec, CellWeights, Space
+from fastnas.spaces.base import CellSpec, CellWeights, Space, Weighting
 
 if TYPE_CHECKING:
     from fastnas.methods.learner import Batch, Learner, Outcome
@@ -221,10 +221,8 @@ class Method(abc.ABC):
         return moment.epoch, moment.epochs, None
 
     @abc.abstractmethod
-    def weights(
-        self, arch: ArchParameters, moment: Moment
-    ) -> Mapping[str, CellWeights | CellGates]:
-        """The weights of the mixed ops, or the gates that were drawn for them, by cell kind.
+    def weights(self, arch: ArchParameters, moment: Moment) -> Mapping[str, Weighting]:
+        """The weights of the mixed ops, or what was chosen or drawn among them, by cell kind.
 
         The caller switches gradients off where the architecture is held fixed, so a method need
         not look at the phase for that.
@@ -248,7 +246,7 @@ class Method(abc.ABC):
 
     def pruned_weights(
         self, arch: ArchParameters, one_hot: Mapping[str, CellWeights]
-    ) -> dict[str, CellWeights]:
+    ) -> Mapping[str, Weighting]:
         """The weights of the mixed ops when the supernet is pruned to a genotype.
 
         Args:

@@ -24,7 +24,7 @@ from fastnas.methods.base import (
     register_method,
 )
 from fastnas.methods.learner import Batch, Learner, Outcome, preserved
-from fastnas.spaces.base import CellWeights
+from fastnas.spaces.base import CellWeights, Weighting
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Darts(Method):
             counts={kind: spec.counts for kind, spec in self.specs.items()},
         )
 
-    def weights(self, arch: ArchParameters, moment: Moment) -> dict[str, CellWeights]:
+    def weights(self, arch: ArchParameters, moment: Moment) -> Mapping[str, Weighting]:
         """``softmax(alpha)`` per edge (section 2.2)."""
         return {
             kind: CellWeights(torch.softmax(arch.alpha(kind), dim=-1), None) for kind in self.specs

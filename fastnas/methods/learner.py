@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastnas.methods.base import ArchParameters, Method, Moment
 from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_state, set_rate
-from fastnas.spaces.base import CellGates, CellWeights
+from fastnas.spaces.base import Weighting
 
 Batch = tuple[Tensor, Tensor]
 
@@ -70,7 +70,7 @@ class Learner:
     def forward(
         self,
         batch: Batch,
-        weights: Mapping[str, CellWeights | CellGates],
+        weights: Mapping[str, Weighting],
         criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Outcome]:
         """Task loss of a batch (differentiable) and its outcome."""
@@ -143,6 +143,8 @@ class Learner:
         if self.arch_grad_clip > 0:
             nn.utils.clip_grad_norm_(parameters, self.arch_grad_clip)
         self.arch_optimizer.step()
+        # A fused step leaves the versions as they were, by which methods notice that it was made.
+        torch.autograd.graph.increment_version(parameters)
         self.arch_optimizer.zero_grad(set_to_none=True)
 
     def set_rate(self, rate: float) -> None:

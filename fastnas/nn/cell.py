@@ -28,7 +28,7 @@ from fastnas.ops._common import MAX_CANDIDATES, memory_format
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-__all__ = ["joins_edges", "run_alone", "run_nodes"]
+__all__ = ["joins_edges", "node_starts", "run_alone", "run_nodes"]
 
 _HALVE = nn.MaxPool2d(2, 2)
 
@@ -57,7 +57,7 @@ def joins_edges(edges: Sequence[nn.Module], inputs: int = 2) -> TypeGuard[Sequen
     if len(kinds) != 1 or None in kinds or has_global_hook():
         return False
     widest = max(len(edge._ops) for edge in edges if isinstance(edge, MixedOp))
-    incoming = inputs + len(_starts(inputs, len(edges))) - 1
+    incoming = inputs + len(node_starts(inputs, len(edges))) - 1
     return widest * incoming <= MAX_CANDIDATES
 
 
@@ -108,7 +108,7 @@ def run_nodes(
         ``states`` and the nodes after them.
     """
     states, inputs = list(states), len(states)
-    starts = _starts(inputs, len(edges))
+    starts = node_starts(inputs, len(edges))
     k = _kind(edges[0])
     assert k is not None
     factors = edge_weights
@@ -151,7 +151,7 @@ def run_alone(module: nn.Module, x: Tensor) -> Tensor:
     return route.norm(x)
 
 
-def _starts(inputs: int, count: int) -> list[int]:
+def node_starts(inputs: int, count: int) -> list[int]:
     """The first edge of every node."""
     starts = [0]
     while starts[-1] + inputs + len(starts) - 1 < count:

@@ -19,7 +19,7 @@ from fastnas import ops
 from fastnas.nn.batch_norm import TwoHalves, has_global_hook, hook_tables
 from fastnas.nn.source import Layer, NormConvolution, SharedConvolutions
 
-__all__ = ["Packed", "Repeat", "repeat_of"]
+__all__ = ["BatchStatistics", "Packed", "Repeat", "repeat_of"]
 
 
 class Repeat(NamedTuple):
@@ -116,7 +116,7 @@ def _convolutions(
     return ops.depthwise_group(x, depthwise, some, stride)
 
 
-class _Norm(NamedTuple):
+class BatchStatistics(NamedTuple):
     """A BatchNorm without running statistics: nothing is left behind in it."""
 
     eps: float
@@ -139,7 +139,7 @@ def _norm_convolution(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> Tensor:
-    norm: Any = _Norm(eps, scale, shift)
+    norm: Any = BatchStatistics(eps, scale, shift)
     if mixing is None:
         (y,) = ops.batch_norm_depthwise(x, norm, [weight], [dilation], stride)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastnas.methods import Batch, Learner, Moment
 from fastnas.search.meters import Meter
-from fastnas.spaces.base import CellWeights, Space
+from fastnas.spaces.base import CellWeights, Space, Weighting
 
 __all__ = ["BN_BATCHES", "Gap", "measure_gap"]
 
@@ -89,7 +89,7 @@ def measure_gap(
         }
         pruned = learner.method.pruned_weights(arch, one_hot)
 
-        def accuracy(weights: dict[str, CellWeights] | None) -> float:
+        def accuracy(weights: Mapping[str, Weighting] | None) -> float:
             meter = Meter(like.device)
             for number, batch in enumerate(validation(), 1):
                 if weights is None:
@@ -109,7 +109,7 @@ def measure_gap(
 def with_new_statistics(
     learner: Learner,
     batches: Iterable[Batch],
-    weights: dict[str, CellWeights],
+    weights: Mapping[str, Weighting],
     pause: Callable[[], None],
 ) -> None:
     """Replace the running statistics of every BatchNorm by their plain mean over ``batches``.

@@ -4,7 +4,16 @@
 from __future__ import annotations
 
 from fastnas.spaces import darts, mbconv
-from fastnas.spaces.base import CellGates, CellSpec, CellWeights, Space, SpaceOptions
+from fastnas.spaces.base import (
+    CellGates,
+    CellRoles,
+    CellSelection,
+    CellSpec,
+    CellWeights,
+    Connections,
+    Space,
+    SpaceOptions,
+)
 from fastnas.spaces.blocks import Block, BlockPlan, BlockRules, MixedEdge, NetworkShape
 from fastnas.spaces.counting import (
     OperationCounts,
@@ -19,8 +28,11 @@ __all__ = [
     "BlockPlan",
     "BlockRules",
     "CellGates",
+    "CellRoles",
+    "CellSelection",
     "CellSpec",
     "CellWeights",
+    "Connections",
     "MixedEdge",
     "NetworkShape",
     "OperationCounts",

@@ -19,7 +19,22 @@ from fastnas.nn.gates import Gate
 if TYPE_CHECKING:
     from fastnas.spaces.blocks import BlockRules
 
-__all__ = ["CellGates", "CellSpec", "CellWeights", "Space", "SpaceOptions", "check_positive"]
+__all__ = [
+    "CellGates",
+    "CellRoles",
+    "CellSelection",
+    "CellSpec",
+    "CellWeights",
+    "Connections",
+    "Space",
+    "SpaceOptions",
+    "Weighting",
+    "check_positive",
+]
+
+Connections = tuple[tuple[int, ...], ...]
+"""For each edge of a cell the numbers of some of its candidates, ascending: a connection is a
+candidate on an edge."""
 
 
 def check_positive(**values: object) -> None:
@@ -41,6 +56,31 @@ class CellWeights(NamedTuple):
     edges: Tensor | None = None
 
 
+class CellSelection(NamedTuple):
+    """Some connections of one kind of cell: the others are not executed.
+
+    Attributes:
+        connections: the candidates of each edge, at least one at each node.
+        ops: ``[E, K]``, the weights of these connections, and 0 for all others; None adds them up
+            plainly, as the derived network does.
+    """
+
+    connections: Connections
+    ops: Tensor | None = None
+
+
+class CellRoles(NamedTuple):
+    """What a method hands to a supernet of Engine- and Transit-cells, for one kind of cell.
+
+    Attributes:
+        engine: for the Engine-cells, whose weights carry the gradient of the architecture.
+        transit: for the Transit-cells, which host what would be derived now.
+    """
+
+    engine: CellWeights | CellSelection
+    transit: CellSelection
+
+
 class CellGates(NamedTuple):
     """The paths a method drew, for a supernet that runs one candidate an edge.
 
@@ -49,6 +89,10 @@ class CellGates(NamedTuple):
     """
 
     edges: tuple[Gate, ...]
+
+
+Weighting = CellWeights | CellSelection | CellRoles | CellGates
+"""What a method may hand to a supernet for one kind of cell; which of them is for both to know."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +178,34 @@ class CellSpec:
                 f"wanted {wanted[:1]} (edges)"
             )
 
+    def check_selection(self, kind: str, selection: CellSelection) -> None:
+        """Check the connections, and the shape of their weights, for the cells of one kind.
+
+        Raises:
+            ValueError: not one tuple an edge, a candidate that an edge does not have or has twice,
+                a node without connections, or weights that are not ``[edges, candidates]``.
+        """
+        given = selection.connections
+        if len(given) != self.edges:
+            raise ValueError(
+                f"weights[{kind!r}].connections: {len(given)} edges, wanted {self.edges}"
+            )
+        for edge, (found, count) in enumerate(zip(given, self.candidates, strict=True)):
+            if list(found) != sorted(set(found)) or (
+                found and not 0 <= found[0] <= found[-1] < count
+            ):
+                raise ValueError(
+                    f"weights[{kind!r}].connections[{edge}]: {found}, wanted ascending numbers of "
+                    f"candidates below {count}"
+                )
+        for node, rows in enumerate(self.node_slices, 2):
+            if not any(given[rows]):
+                raise ValueError(
+                    f"weights[{kind!r}].connections: node {node} has none, wanted at least one"
+                )
+        if selection.ops is not None:
+            self.check_weights(kind, CellWeights(selection.ops))
+
 
 @dataclass(frozen=True)
 class Space:
@@ -145,7 +217,8 @@ class Space:
         network: builds the network of a genotype; the genotype is its first argument.
         genotype: the class of a derived architecture.
         derive: ``(scores, specs) -> genotype``; ``scores`` maps a cell kind to ``[E, K]``. A third
-            argument, from a method that chooses the edges itself, maps it to ``[E]``, bool.
+            argument, from a method that chooses itself, maps it to ``[E]``, bool: the edges that
+            stay, or to ``[E, K]``, bool: the connections.
         genotypes: published architectures by name.
         blocks: how its networks fall into blocks, for ``fastnas latency`` and costs; None where
             nobody has said.
@@ -154,7 +227,8 @@ class Space:
         fields: configuration fields of a search that are arguments of ``supernet``.
         network_fields: configuration fields of an evaluation that ``network`` knows.
         features: what methods may need of the supernet: ``gates`` (it takes ``CellGates``),
-            ``partial_channels`` (it takes that argument).
+            ``partial_channels`` (it takes that argument), ``engine_cells`` (it takes that argument
+            and ``share``, and ``CellSelection`` and ``CellRoles`` for weights).
         one_hot: ``(genotype, specs) -> weights`` of the supernet pruned to the genotype: 1 for each
             candidate and each edge that stays, else 0. None where a supernet cannot be pruned.
     """

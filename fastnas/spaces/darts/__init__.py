@@ -29,5 +29,6 @@ SPACE = Space(
     derive=derive,
     genotypes=GENOTYPES,
     blocks=RULES,
+    features=frozenset({"partial_channels", "engine_cells"}),
     one_hot=one_hot,
 )

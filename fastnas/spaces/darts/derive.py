@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastnas.spaces.base import CellSpec, CellWeights
+from fastnas.spaces.base import CellSpec, CellWeights, Connections
+from fastnas.spaces.connections import best_candidates, strongest_edges
 from fastnas.spaces.darts.genotype import Genotype
 from fastnas.spaces.darts.reading import Pair
 
@@ -36,7 +37,8 @@ def derive(
             softmax(alpha) times the edge's softmax(beta) in PC-DARTS. Any device and dtype.
         specs: the kinds' cells, as ``Supernet.cell_specs`` gives them.
         edges: for each kind ``[E]``, bool: the edges that stay, at least one at each node, instead
-            of the two best.
+            of the two best. Or ``[E, K]``, bool: the connections that stay, any number of them on
+            an edge, instead of the best candidate of each.
 
     Raises:
         ValueError: a kind is missing, a shape differs from its spec, a score is NaN, or a node is
@@ -47,7 +49,7 @@ def derive(
         for name, mapping in (("scores", scores), ("specs", specs), ("edges", edges)):
             if mapping is not None and kind not in mapping:
                 raise ValueError(f"{name}: the kind {kind!r} is missing, got {sorted(mapping)}")
-        stay = None if edges is None else _edges_that_stay(kind, edges[kind], specs[kind])
+        stay = None if edges is None else edges[kind]
         cells[kind] = _derive_cell(kind, scores[kind], specs[kind], stay)
     concat = {kind: tuple(range(2, 2 + len(specs[kind].inputs_per_node))) for kind in cells}
     return Genotype.from_nodes(cells["normal"], concat["normal"], cells["reduce"], concat["reduce"])
@@ -87,17 +89,8 @@ def one_hot(genotype: Genotype, specs: Mapping[str, CellSpec]) -> dict[str, Cell
     return weights
 
 
-def _edges_that_stay(kind: str, edges: Tensor, spec: CellSpec) -> list[bool]:
-    if tuple(edges.shape) != (spec.edges,):
-        raise ValueError(f"edges[{kind!r}]: shape {tuple(edges.shape)}, wanted {(spec.edges,)}")
-    stay = [bool(flag) for flag in edges.tolist()]
-    if not all(any(stay[rows]) for rows in spec.node_slices):
-        raise ValueError(f"edges[{kind!r}]: wanted at least one edge at each node, got {stay}")
-    return stay
-
-
 def _derive_cell(
-    kind: str, scores: Tensor, spec: CellSpec, stay: list[bool] | None
+    kind: str, scores: Tensor, spec: CellSpec, stay: Tensor | None
 ) -> list[tuple[Pair, ...]]:
     wanted = (spec.edges, len(spec.primitives))
     if tuple(scores.shape) != wanted:
@@ -105,16 +98,32 @@ def _derive_cell(
     rows = scores.detach().tolist()
     if any(math.isnan(score) for row in rows for score in row):
         raise ValueError(f"scores[{kind!r}]: contains NaN")
-    columns = [k for k, name in enumerate(spec.primitives) if name != "none"]
+    if stay is None:
+        kept = strongest_edges(rows, spec, EDGES_PER_NODE)
+    else:
+        kept = _connections_that_stay(kind, stay, rows, spec)
     nodes = []
     for edges in spec.node_slices:
-        # max() and sorted() keep the first of equals, which is the rule for ties.
-        best = [max(columns, key=row.__getitem__) for row in rows[edges]]
-        strength = [row[k] for row, k in zip(rows[edges], best, strict=True)]
-        order = sorted(range(len(best)), key=lambda j: -strength[j])
-        if stay is None:
-            kept = order[:EDGES_PER_NODE]
-        else:
-            kept = [j for j in order if stay[edges.start + j]]
-        nodes.append(tuple((spec.primitives[best[j]], j) for j in kept))
+        pairs = [(j, k) for j, ks in enumerate(kept[edges]) for k in ks]
+        pairs.sort(key=lambda pair: -rows[edges.start + pair[0]][pair[1]])
+        nodes.append(tuple((spec.primitives[k], j) for j, k in pairs))
     return nodes
+
+
+def _connections_that_stay(
+    kind: str, stay: Tensor, rows: list[list[float]], spec: CellSpec
+) -> Connections:
+    shapes = (spec.edges,), (spec.edges, len(spec.primitives))
+    if tuple(stay.shape) not in shapes:
+        raise ValueError(
+            f"edges[{kind!r}]: shape {tuple(stay.shape)}, wanted {shapes[0]} or {shapes[1]}"
+        )
+    flags = stay.tolist()
+    if stay.dim() == 1:
+        best = best_candidates(rows, spec)
+        kept: Connections = tuple((k,) * bool(flag) for k, flag in zip(best, flags, strict=True))
+    else:
+        kept = tuple(tuple(k for k, flag in enumerate(row) if flag) for row in flags)
+    if not all(any(kept[edges]) for edges in spec.node_slices):
+        raise ValueError(f"edges[{kind!r}]: wanted at least one edge at each node, got {flags}")
+    return kept

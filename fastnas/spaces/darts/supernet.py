@@ -11,26 +11,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastnas.nn.candidates import DARTS_PRIMITIVES
 from fastnas.nn.cell import joins_edges, run_alone, run_nodes
+from fastnas.nn.connections import run_connections
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.recompute import MEMORY, Memory
 from fastnas.ops import mixed_sum
-from fastnas.spaces.base import CellSpec, CellWeights
+from fastnas.spaces.base import CellRoles, CellSelection, CellSpec, CellWeights
 from fastnas.spaces.darts.backbone import (
     LayerPlan,
     Stemmed,
     check_positive,
     plan_layers,
     preprocess_layers,
+    reduction_layers,
 )
 
-__all__ = ["Cell", "Supernet", "node_sum"]
+__all__ = ["Cell", "EngineCells", "Supernet", "node_sum"]
+
+EngineCells = Sequence[int] | Literal["last", "all"]
+"""Numbers of cells; ``last`` is the last normal and the last reduction cell."""
 
 STEPS = 4
 """Intermediate nodes of a cell; all of them make up its output."""
@@ -63,7 +69,9 @@ def node_sum(
 class Cell(nn.Module):
     """A cell of the supernet: two inputs, four nodes, an edge from every state to every later one.
 
-    In a reduction cell the edges that leave the two inputs have stride 2.
+    In a reduction cell the edges that leave the two inputs have stride 2. In a cell that shares,
+    all edges that leave a state have the same mixed op, so ``_ops`` has one a state; the last node
+    feeds none.
     """
 
     def __init__(
@@ -72,27 +80,43 @@ class Cell(nn.Module):
         partial_channels: int,
         primitives: Sequence[str] = DARTS_PRIMITIVES,
         memory: Memory = "default",
+        share: bool = False,
     ) -> None:
         """Build for the widths of ``plan``; BatchNorms are not affine in search."""
         super().__init__()
         self.memory = memory
+        self.share = share
         self.reduction = plan.reduction
         self._steps = STEPS
         self._multiplier = STEPS
         self.preprocess0, self.preprocess1 = preprocess_layers(plan, affine=False)
         self._ops = nn.ModuleList()
-        for node in range(STEPS):
-            for source in range(2 + node):
-                stride = 2 if plan.reduction and source < 2 else 1
-                self._ops.append(_build_edge(plan.C, stride, partial_channels, primitives))
+        sources = [source for node in range(STEPS) for source in range(2 + node)]
+        for source in range(1 + STEPS) if share else sources:
+            stride = 2 if plan.reduction and source < 2 else 1
+            self._ops.append(_build_edge(plan.C, stride, partial_channels, primitives))
+        self._edge_ops = sources if share else list(range(len(sources)))
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: CellWeights) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, weights: CellWeights | CellSelection) -> Tensor:
         """Map the outputs of the two cells before to ``(N, 4 C, H', W')``."""
         states = [
             run_alone(layer, x) if self.memory == "low" else layer(x)
             for layer, x in ((self.preprocess0, s0), (self.preprocess1, s1))
         ]
-        ops = list(self._ops)
+        ops = [self._ops[number] for number in self._edge_ops]
+        if isinstance(weights, CellWeights) and self.share:
+            everything = (tuple(range(weights.ops.shape[1])),) * len(ops)
+            factors = 1 if weights.edges is None else weights.edges.unsqueeze(1)
+            weights = CellSelection(everything, weights.ops * factors)
+        if isinstance(weights, CellSelection):
+            states = run_connections(
+                states,
+                ops,  # type: ignore[arg-type]  # mixed ops
+                weights.connections,
+                weights.ops,
+                self.memory,
+            )
+            return torch.cat(states[-self._multiplier :], dim=1)
         if joins_edges(ops):
             states = run_nodes(states, ops, weights.ops, weights.edges, self.memory)
             return torch.cat(states[-self._multiplier :], dim=1)
@@ -120,6 +144,7 @@ class Supernet(Stemmed):
 
     Attributes:
         cell_specs: for the kinds ``normal`` and ``reduce``, the edges and candidates of a cell.
+        engine_cells: numbers of the Engine-cells; all, unless something else was said.
     """
 
     def __init__(
@@ -133,6 +158,8 @@ class Supernet(Stemmed):
         primitives: Sequence[str] = DARTS_PRIMITIVES,
         none: bool = True,
         memory: Memory = "default",
+        engine_cells: EngineCells = "all",
+        share: bool = False,
     ) -> None:
         """Build with PyTorch's default initialisation.
 
@@ -150,11 +177,16 @@ class Supernet(Stemmed):
                 cheap (``fastnas.nn.recompute``): the same numbers from less memory in more time.
                 It has no effect where a compiler decides what is kept, under functional transforms,
                 and in cells whose mixed ops have to be called one by one (hooks on them, say).
+            engine_cells: numbers of the cells that get the weights of ``CellRoles.engine``, at
+                least one of each kind, or ``last``: the last of each kind. The others are
+                Transit-cells. Needs all channels, and candidates without ``none``.
+            share: a candidate that leaves a state is the same, and computed once, for all later
+                nodes. Needs the same.
 
         Raises:
             ValueError: a number that is not positive, fewer than 3 layers, C not divisible by
                 ``partial_channels``, odd C with the ``imagenet`` stem, unknown stem, candidate or
-                ``memory``.
+                ``memory``; Engine-cells that do not exist, or none of a kind.
         """
         check_positive(
             C=C,
@@ -176,11 +208,18 @@ class Supernet(Stemmed):
                 f"C must be a multiple of partial_channels, got {C} and {partial_channels}"
             )
         primitives = tuple(name for name in primitives if none or name != "none")
+        if (share or engine_cells != "all") and (partial_channels > 1 or "none" in primitives):
+            raise ValueError(
+                "engine_cells and share: wanted partial_channels of 1 and candidates without "
+                f"'none', got {partial_channels} and {', '.join(primitives)}"
+            )
+        self.engine_cells = _check_engine_cells(engine_cells, layers)
+        self._selects = partial_channels == 1 and "none" not in primitives
         spec = CellSpec(tuple(range(2, 2 + STEPS)), primitives)
         self.cell_specs: dict[str, CellSpec] = {"normal": spec, "reduce": spec}
         plans = plan_layers(C, layers, STEM_MULTIPLIER * C, stem, (STEPS, STEPS))
         self.cells = nn.ModuleList(
-            Cell(plan, partial_channels, primitives, memory) for plan in plans
+            Cell(plan, partial_channels, primitives, memory, share) for plan in plans
         )
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(STEPS * plans[-1].C, num_classes)
@@ -195,30 +234,73 @@ class Supernet(Stemmed):
             for kind, spec in self.cell_specs.items()
         }
 
-    def forward(self, x: Tensor, weights: Mapping[str, CellWeights]) -> Tensor:
+    def forward(
+        self, x: Tensor, weights: Mapping[str, CellWeights | CellSelection | CellRoles]
+    ) -> Tensor:
         """Map images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``.
 
         Args:
             x: images, floating point, of the parameters' device; see ``check_images`` for sizes.
-            weights: for each kind in ``cell_specs``, ``ops`` ``[14, K]`` and ``edges`` ``[14]`` or
-                None.
+            weights: for each kind in ``cell_specs``, for all its cells alike ``CellWeights`` with
+                ``ops`` ``[14, K]`` and ``edges`` ``[14]`` or None, or a ``CellSelection`` (which
+                partial channels and ``none`` do not have); or ``CellRoles``, which say it for
+                Engine- and Transit-cells apart.
 
         Raises:
             ValueError: wrong shape of ``x`` or of the weights, or a missing kind.
-            TypeError: a value of ``weights`` is not a ``CellWeights``.
+            TypeError: a value of ``weights`` is none of these.
         """
         self._check_weights(weights)
         s0, s1 = self.stem_outputs(x)
-        for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, weights["reduce" if cell.reduction else "normal"])
+        for index, cell in enumerate(self.cells):
+            given = weights["reduce" if cell.reduction else "normal"]
+            if isinstance(given, CellRoles):
+                given = given.engine if index in self.engine_cells else given.transit
+            s0, s1 = s1, cell(s0, s1, given)
         return self.classifier(self.global_pooling(s1).flatten(1))
 
-    def _check_weights(self, weights: Mapping[str, CellWeights]) -> None:
+    def _check_weights(
+        self, weights: Mapping[str, CellWeights | CellSelection | CellRoles]
+    ) -> None:
         for kind, spec in self.cell_specs.items():
             if kind not in weights:
                 raise ValueError(f"weights: the kind {kind!r} is missing, got {sorted(weights)}")
-            if not isinstance(weights[kind], CellWeights):
-                raise TypeError(
-                    f"weights[{kind!r}]: wanted CellWeights, got {type(weights[kind]).__name__}"
-                )
-            spec.check_weights(kind, weights[kind])
+            given = weights[kind]
+            for part in given if isinstance(given, CellRoles) else (given,):
+                if isinstance(part, CellSelection) and self._selects:
+                    spec.check_selection(kind, part)
+                elif isinstance(part, CellWeights):
+                    spec.check_weights(kind, part)
+                else:
+                    also = ", CellSelection or CellRoles" if self._selects else ""
+                    raise TypeError(
+                        f"weights[{kind!r}]: wanted CellWeights{also}, got {type(part).__name__}"
+                    )
+
+
+def _check_engine_cells(engine_cells: EngineCells, layers: int) -> tuple[int, ...]:
+    """The numbers of the Engine-cells, ascending."""
+    reductions = reduction_layers(layers)
+    if engine_cells == "all":
+        return tuple(range(layers))
+    if engine_cells == "last":
+        normal = max(set(range(layers)) - set(reductions))
+        return tuple(sorted((normal, reductions[-1])))
+    numbers = tuple(engine_cells)
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+        raise ValueError(f"engine_cells: wanted numbers of cells, got {engine_cells!r}")
+    if len(set(numbers)) != len(numbers) or not all(0 <= n < layers for n in numbers):
+        raise ValueError(
+            f"engine_cells: wanted different numbers from 0 to {layers - 1}, got {engine_cells}"
+        )
+    for kind, cells in (
+        ("normal", set(range(layers)) - set(reductions)),
+        ("reduction", reductions),
+    ):
+        if not set(numbers) & set(cells):
+            raise ValueError(
+                f"engine_cells: wanted a {kind} cell among them "
+                f"({', '.join(map(str, sorted(cells)))}), or nothing would be learnt of it, "
+                f"got {engine_cells}"
+            )
+    return tuple(sorted(numbers))
