@@ -126,8 +126,10 @@ def extension(torch: Any, cuda: Cuda) -> Extension:
             "cxx": [*optimise, "-fopenmp", "-fvisibility=hidden", "-Wall", *includes],
             "nvcc": [*NVCC_FLAGS, "-t", "2", *includes],
         },
-        # Without -fopenmp here and above, at::parallel_for quietly runs on one thread.
-        extra_link_args=["-fopenmp"],
+        # Without -fopenmp here and above, at::parallel_for quietly runs on one thread. The C++
+        # library is named because some compilers are set to link one of their own into what they
+        # make: beside torch's, every error would be a crash.
+        extra_link_args=["-fopenmp", *(["-l:libstdc++.so.6"] if sys.platform == "linux" else [])],
     )
     if cuda.home and not any(Path(cuda.home).glob("lib*/libcudart.so")):
         # a toolkit from wheels has only libcudart.so.N, which libc10_cuda brings along

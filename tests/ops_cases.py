@@ -158,7 +158,7 @@ def assert_near(actual, expected, tolerances, what=""):
     if not actual.numel():
         return
     tolerance = tolerances[actual.dtype]
-    expected = expected.detach().double()
+    expected = expected.detach().double().to(actual.device)
     scale = max(1.0, expected.abs().max().item())
     torch.testing.assert_close(
         actual.detach().double(),
@@ -181,7 +181,8 @@ def assert_buffers_near(norms, expected, tolerances):
             continue
         assert_near(norm.running_mean, other.running_mean, tolerances, f"running_mean {k}")
         assert_near(norm.running_var, other.running_var, tolerances, f"running_var {k}")
-        assert norm.num_batches_tracked.equal(other.num_batches_tracked), f"counter {k}"
+        seen, wanted = (int(n.num_batches_tracked) for n in (norm, other))
+        assert seen == wanted, f"counter {k}"
 
 
 def assert_bitwise(actual, expected, what=""):

@@ -27,10 +27,12 @@ def check_against_torch(xs, weights, norms, tolerances, training=None, grad=None
     grad = cases.like_output(y) if grad is None else grad
     grads = torch.autograd.grad(y, leaves, grad)
 
-    *exact, w = cases.in_double([*xs, weights])
+    # On the CPU: on CUDA PyTorch's own norm needs a weight where it has a bias.
+    exact_norms = [None if norm is None else norm.cpu() for norm in exact_norms]
+    *exact, w = cases.in_double([t.cpu() for t in (*xs, weights)])
     expected = cases.stock(exact, w, exact_norms)
     exact_leaves = [w, *exact, *cases.affine_parameters(exact_norms)]
-    expected_grads = torch.autograd.grad(expected, exact_leaves, grad.double())
+    expected_grads = torch.autograd.grad(expected, exact_leaves, grad.cpu().double())
     names = ["dw", *(f"dxs[{k}]" for k in range(len(xs)))]
     names += [f"affine {k}" for k in range(len(leaves) - len(names))]
     assert_near(y, expected, tolerances, "y")

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastnas.nn.pool import AvgPool2d
+
 __all__ = [
     "DARTS_PRIMITIVES",
     "DilConv",
@@ -262,7 +264,7 @@ def _max_pool_3x3(C: int, stride: int, affine: bool) -> nn.Module:
 
 @register_candidate("avg_pool_3x3")
 def _avg_pool_3x3(C: int, stride: int, affine: bool) -> nn.Module:
-    return nn.AvgPool2d(3, stride=stride, padding=1, count_include_pad=False)
+    return AvgPool2d(3, stride=stride, padding=1, count_include_pad=False)
 
 
 @register_candidate("skip_connect")

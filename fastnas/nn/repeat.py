@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastnas import ops
 from fastnas.nn.batch_norm import TwoHalves, has_global_hook, hook_tables
+from fastnas.nn.pool import AVERAGE_POOLS
 from fastnas.nn.source import Layer, NormConvolution, SharedConvolutions
 
 __all__ = ["BatchStatistics", "Packed", "Repeat", "repeat_of"]
@@ -90,7 +91,7 @@ def _of_module(layer: Any) -> Repeat | None:
         # The indices, of eight bytes each, are what the backward keeps.
         sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
         return Repeat(partial(_max_pool, sizes), cheap=True, instead=True)
-    if kind is nn.AvgPool2d:
+    if kind in AVERAGE_POOLS:
         return Repeat(layer.forward, cheap=True)
     return None
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastnas import ops
+from fastnas.nn.pool import AVERAGE_POOLS
 from fastnas.ops._common import MAX_CANDIDATES
 
 __all__ = ["Recipe", "evaluate_source", "make_recipe"]
@@ -105,7 +106,7 @@ def evaluate_source(
 
 def _fuses_depthwise(x: Tensor) -> bool:
     """Where the fused convolutions were measured to be the faster ones."""
-    return x.device.type == "cpu"
+    return x.device.type in ("cpu", "cuda")
 
 
 def _convolve(
@@ -217,7 +218,7 @@ def _pool_key(layer: Layer) -> Hashable:
     if type(layer) is nn.MaxPool2d and not layer.return_indices:
         shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         return ("max", *shape, layer.ceil_mode)
-    if type(layer) is nn.AvgPool2d:
+    if isinstance(layer, nn.AvgPool2d) and type(layer) in AVERAGE_POOLS:
         sizes = (layer.kernel_size, layer.stride, layer.padding)
         return ("avg", *sizes, layer.ceil_mode, layer.count_include_pad, layer.divisor_override)
     return None
