@@ -35,6 +35,7 @@ class Tape:
     def __init__(self, complaint: str | None = None, fails: Exception | None = None) -> None:
         self.complaint, self.fails = complaint, fails
         self.warm_ups = self.recorded = self.replays = 0
+        self.short = False
 
     def __deepcopy__(self, memo: dict) -> Tape:
         return Tape(self.complaint, self.fails)
@@ -43,6 +44,9 @@ class Tape:
         self.warm_ups += 1
         run()
         return self.complaint
+
+    def is_short(self) -> bool:
+        return self.short
 
     def record(self, run: Callable[[], None]) -> Take:
         if self.fails is not None:

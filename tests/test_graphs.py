@@ -302,6 +302,13 @@ class Silent(Method):
     parameters = weights = scores = None
 
 
+class Annealed(Darts):
+    """Says nothing of steps that depend on the epoch."""
+
+    def weights(self, arch, moment):
+        return {k: (1 + moment.epoch) * w for k, w in super().weights(arch, moment).items()}
+
+
 def listen(one):
     one.supernet.cells[1].register_forward_hook(lambda *given: None)
 
@@ -320,6 +327,10 @@ def join(one):
         (lambda one: setattr(one.method, "options", DartsOptions("second")), "second order"),
         (lambda one: setattr(one.method, "term", object()), "costs"),
         (lambda one: setattr(one, "method", Silent(one.method.specs)), "'silent' does not say"),
+        (lambda one: setattr(one, "method", Annealed(one.method.specs)), "Annealed has a weights"),
+        (lambda one: one.weight_optimizer.register_step_post_hook(print), "a hook on SGD"),
+        (lambda one: one.arch_optimizer.register_step_pre_hook(print), "a hook on Adam"),
+        (lambda one: one.arch.register_forward_hook(print), "a hook on the architecture"),
     ],
 )
 def test_obstacles(spoil, reason):
@@ -366,3 +377,38 @@ def test_methods_say_whether_they_can_be_recorded():
     specs = learner("darts").method.specs
     assert Darts(specs).graph_obstacle() is None
     assert "path" in Proxyless.graph_obstacle(None)
+
+
+def test_a_group_without_parameters():
+    one = learner("da2s", Tape(), options=DA2SOptions(keep="2,3"))
+    assert any(not group["params"] for group in one.arch_optimizer.param_groups)
+    train(one, 7)
+    assert one.reason is None and one.recorder.replays > 0
+
+
+def test_the_eager_step_after_a_failed_recording_has_its_memory():
+    class Failing(Tape):
+        def record(self, run):
+            kept = torch.zeros(3)
+            alive.append(weakref.ref(kept))
+            raise RuntimeError("no memory")
+
+    alive: list[weakref.ref] = []
+    one = learner("darts", Failing())
+    train(one, WARM_UP)
+    plain = one.criterion
+    seen = []
+    one.criterion = lambda *given: seen.append(alive[0]() if alive else None) or plain(*given)
+    train(one, 1, WARM_UP)
+    assert one.reason is not None and alive and seen == [None] * len(seen)
+
+
+def test_recordings_make_room_where_memory_is_short():
+    one = learner("darts", Tape())
+    train(one, 7)
+    assert one.recorder.recorded == 2
+    one.recorder.short = True
+    train(one, 1, 7)
+    assert one.recorder.recorded == 2  # both replayed: nothing is short for that
+    one.weight_step(next(batches(sizes=(3,))), NOW)
+    assert one._weights._recorded is None and one._architecture._recorded is None

@@ -75,8 +75,8 @@ batch_norm_depthwise_backward(at::TensorList grads, at::IntArrayRef present, con
   auto [dh, dws] = depthwise_group_backward(grads, present, h, size, weights, dilations, stride,
                                             true, need_source, need_weights);
   const at::Tensor none = at::empty({0}, w.options());
-  const at::Tensor no_rows = at::empty({0, x.size(1)}, w.options());
-  if (!need_source) return {none, dws, no_rows, no_rows};
+  const auto no_rows = [&] { return at::empty({0, x.size(1)}, w.options()); };
+  if (!need_source) return {none, dws, no_rows(), no_rows()};
   const auto [dxs, dw, dgamma, dbeta] =
       mixed_batch_norm_backward(dh, {x}, w, mean.view({1, -1}), var.view({1, -1}), {kind}, {eps},
                                 {affine}, given(gamma), given(beta), {need_x}, false);

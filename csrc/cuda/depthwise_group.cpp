@@ -13,14 +13,14 @@ namespace fastnas::cuda {
 
 namespace {
 
-// Weights in the accumulator type, and the table that the kernels read; they live as long as this does.
+// Dense weights, and the table that the kernels read; they live as long as this does.
 struct Weights {
   std::vector<at::Tensor> tensors;
   at::Tensor table;
 };
 
-Convolutions make_convolutions(const DepthwiseGroup& g, at::ScalarType dtype,
-                               at::MemoryFormat format, bool relu) {
+Convolutions make_convolutions(const DepthwiseGroup& g, at::TensorList weights,
+                               at::ScalarType dtype, at::MemoryFormat format, bool relu) {
   Convolutions c{};
   c.dtype = dtype_of(dtype);
   c.columns = format != at::MemoryFormat::Contiguous;
@@ -37,6 +37,7 @@ Convolutions make_convolutions(const DepthwiseGroup& g, at::ScalarType dtype,
     c.side[i] = static_cast<int>(g.convolutions[i].k);
     c.dilation[i] = static_cast<int>(g.convolutions[i].dilation);
     c.first[i] = static_cast<int>(g.convolutions[i].tap);
+    c.weight_dtype[i] = static_cast<signed char>(dtype_of(weights[i].scalar_type()));
   }
   c.first[c.count] = static_cast<int>(g.taps);
   return c;
@@ -44,9 +45,11 @@ Convolutions make_convolutions(const DepthwiseGroup& g, at::ScalarType dtype,
 
 Weights add_weights(Convolutions& c, at::TensorList weights, const at::Tensor& like) {
   const at::ScalarType acc = accumulate_dtype(like.scalar_type());
-  Weights w{as_operands(weights, acc, at::MemoryFormat::Contiguous),
-            scratch(c.taps() * c.C, acc, like)};
-  for (int i = 0; i < c.count; ++i) c.weights[i] = pointer(w.tensors[i]);
+  Weights w{{}, scratch(c.taps() * c.C, acc, like)};
+  for (int i = 0; i < c.count; ++i) {
+    w.tensors.push_back(weights[i].contiguous());
+    c.weights[i] = pointer(w.tensors[i]);
+  }
   C10_CUDA_CHECK(launch_weight_table(c, mutable_pointer(w.table), stream_of(like)));
   c.table = pointer(w.table);
   return w;
@@ -68,17 +71,11 @@ std::vector<at::Tensor> weight_gradients(const Convolutions& c, const OutputGrad
   FoldedGradients folded{};
   for (int i = 0; i < c.count; ++i) {
     if (!need[i]) continue;
-    const at::TensorOptions options = weights[i].options().dtype(acc);
-    dws.push_back(to.need[i] ? at::empty(weights[i].sizes(), options)
-                             : at::zeros(weights[i].sizes(), options));
+    dws.push_back(to.need[i] ? at::empty(weights[i].sizes(), weights[i].options())
+                             : at::zeros(weights[i].sizes(), weights[i].options()));
     if (to.need[i]) folded.dws[i] = mutable_pointer(dws.back());
   }
   if (any) C10_CUDA_CHECK(launch_fold_weights(c, plan, to.partial, folded, stream_of(like)));
-  for (int64_t i = 0, j = 0; i < c.count; ++i) {
-    if (!need[i]) continue;
-    dws[j] = dws[j].to(weights[i].scalar_type());
-    ++j;
-  }
   return dws;
 }
 
@@ -100,7 +97,7 @@ std::vector<at::Tensor> depthwise_group(const at::Tensor& x, at::TensorList weig
     to.ys[i] = mutable_pointer(ys[i]);
   }
   if (ys[0].numel() == 0) return ys;
-  Convolutions c = make_convolutions(group, x.scalar_type(), format, relu);
+  Convolutions c = make_convolutions(group, weights, x.scalar_type(), format, relu);
   const Weights w = add_weights(c, weights, x);
   C10_CUDA_CHECK(launch_convolutions(c, pointer(source), to, stream_of(x)));
   return ys;
@@ -119,7 +116,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> depthwise_group_backward(
   const at::MemoryFormat format = memory_format(x.dim() == 4 ? x : like);
   const std::vector<at::Tensor> gs = as_operands(grads, dtype, format);
   const at::Tensor source = x.numel() ? as_operand(x, dtype, format) : x;
-  Convolutions c = make_convolutions(group, dtype, format, relu);
+  Convolutions c = make_convolutions(group, weights, dtype, format, relu);
   OutputGradients from{};
   for (int64_t i = 0, j = 0; i < group.size(); ++i)
     if (present[i]) from.gs[i] = pointer(gs[j++]);

@@ -217,7 +217,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   int i = 0;
   while (tap >= c.first[i + 1]) ++i;
   const int64_t size = c.first[i + 1] - c.first[i];
-  table[at] = static_cast<const A*>(c.weights[i])[channel * size + tap - c.first[i]];
+  table[at] =
+      static_cast<A>(read(c.weights[i], c.weight_dtype[i], channel * size + tap - c.first[i]));
 }
 
 // A warp adds up the parts of one tap of one channel.
@@ -235,7 +236,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t part = lane; part < parts; part += 32)
     sum += static_cast<double>(partial[at * parts + part]);
   sum = warp_sum(sum);
-  if (lane == 0) static_cast<A*>(to.dws[i])[at - c.first[i] * c.C] = static_cast<A>(sum);
+  if (lane == 0) write(to.dws[i], c.weight_dtype[i], at - c.first[i] * c.C, sum);
 }
 
 // f(type, V, columns): vectors of 16 bytes where channels are innermost and every tensor that is read or written by

@@ -19,8 +19,9 @@ struct Convolutions {
   int side[kMaxOperands];  // k
   int dilation[kMaxOperands];
   int first[kMaxOperands + 1];        // row of the first tap in a table of all taps
-  const void* weights[kMaxOperands];  // (C, k, k), in the accumulator type
-  const void* table;                  // of weights: [taps][C]
+  const void* weights[kMaxOperands];  // (C, k, k)
+  signed char weight_dtype[kMaxOperands];
+  const void* table;  // of weights, in the accumulator type: [taps][C]
   bool relu;
 
   FASTNAS_HOST_DEVICE int64_t taps() const { return first[count]; }
@@ -63,9 +64,9 @@ cudaError_t launch_weight_gradients(const Convolutions& c, const WeightPlan& pla
                                     const OutputGradients& from, const void* x,
                                     const WeightGradients& to, cudaStream_t stream);
 
-// Their sums, in double and in a fixed order, where dws[i] is given.
+// Their sums, in double and in a fixed order, where dws[i] is given, in the dtypes of the weights.
 struct FoldedGradients {
-  void* dws[kMaxOperands];  // of the accumulator type
+  void* dws[kMaxOperands];
 };
 cudaError_t launch_fold_weights(const Convolutions& c, const WeightPlan& plan, const void* partial,
                                 const FoldedGradients& to, cudaStream_t stream);

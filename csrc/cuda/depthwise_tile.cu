@@ -9,7 +9,7 @@ namespace fastnas::cuda {
 namespace {
 
 template <typename T, int S>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, S == 1 ? 3 : 2)
     tiled_convolutions_kernel(const __grid_constant__ Convolutions c,
                               const __grid_constant__ Tile t, Strides from, Strides own, const T* x,
                               const __grid_constant__ Outputs to) {

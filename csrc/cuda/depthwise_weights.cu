@@ -8,9 +8,9 @@ namespace fastnas::cuda {
 
 namespace {
 
-// Of these kernels on a multiprocessor: what their sums leave registers for.
-template <typename T, int K>
-constexpr int kWeightBlocksAtOnce = sizeof(T) == 8 && K > 3 ? 1 : 2;
+// Blocks of a multiprocessor that the compiler makes room for. With more, some architectures spill.
+template <typename T, int S, int K>
+constexpr int kWeightBlocksAtOnce = K > 3 && (S == 2 || sizeof(T) == 8) ? 1 : 2;
 
 // Columns of a kernel whose taps one block sums up, so that they fit its registers.
 template <int K>
@@ -85,7 +85,7 @@ __device__ inline void sum_taps(const Convolutions& c, const Tile& t, const Stri
 }
 
 template <typename T, int S, int K>
-__global__ void __launch_bounds__(kThreads, kWeightBlocksAtOnce<T, K>)
+__global__ void __launch_bounds__(kThreads, kWeightBlocksAtOnce<T, S, K>)
     tiled_weight_gradients_kernel(const __grid_constant__ Convolutions c,
                                   const __grid_constant__ Tile t, Strides from, Strides own,
                                   const __grid_constant__ Share share,

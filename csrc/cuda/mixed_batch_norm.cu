@@ -12,19 +12,6 @@ constexpr int kWarps = kThreads / 32;
 // Blocks of a multiprocessor. Left to itself, the compiler stops at as many registers and spills one.
 constexpr int kBlocks = 4;
 
-__device__ inline double read(const void* p, int dtype, int64_t i) {
-  switch (static_cast<Dtype>(dtype)) {
-    case Dtype::kDouble:
-      return static_cast<const double*>(p)[i];
-    case Dtype::kHalf:
-      return to_acc(static_cast<const __half*>(p)[i]);
-    case Dtype::kBFloat16:
-      return to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
-    default:
-      return static_cast<const float*>(p)[i];
-  }
-}
-
 __device__ inline double weight(const Norms& n, int k) {
   return read(n.weights.data, static_cast<int>(n.weights.dtype), k);
 }

@@ -91,7 +91,8 @@ GradientTables plain_gradients(const Plan& plan, const std::vector<at::Tensor>& 
   const bool wide = acc == at::kDouble;
   GradientTables out;
   out.coef = weights.to(acc).t().contiguous();
-  out.dgamma = out.dbeta = at::empty({0, 1}, weights.options());
+  out.dgamma = at::empty({0, 1}, weights.options());
+  out.dbeta = at::empty({0, 1}, weights.options());
   out.dw = at::empty({0}, weights.options());
   if (!need_weights) return out;
   at::Tensor sums = at::empty({T, K + 1}, weights.options().dtype(acc));
@@ -193,8 +194,12 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> multi_target_sum(
   const at::Tensor used = w.to(accumulate_dtype(dtype));
   TargetTables tables;
   tables.coef = used;
-  tables.mean = tables.var = at::empty({0}, weights.options());
-  if (!plain) tables = normalised_tables(plan, operands, n, w);
+  if (plain) {
+    tables.mean = at::empty({0}, weights.options());
+    tables.var = at::empty({0}, weights.options());
+  } else {
+    tables = normalised_tables(plan, operands, n, w);
+  }
   args.weights = pointer(used);
   args.coef = pointer(tables.coef);
   args.bias = plain ? nullptr : pointer(tables.bias);

@@ -55,8 +55,11 @@ struct Composition {
   std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> between(
       int64_t kind, const OptionalTensor& mean, const OptionalTensor& var) const {
     if (kind == 0) {
-      const at::Tensor none = at::empty({0}, x.options().dtype(accumulate_dtype(x.scalar_type())));
-      return {cuda::depthwise_group(x, depthwise, dilations, stride, true), none, none};
+      // Two tensors: outputs of an op do not share their memory.
+      const auto none = [&] {
+        return at::empty({0}, x.options().dtype(accumulate_dtype(x.scalar_type())));
+      };
+      return {cuda::depthwise_group(x, depthwise, dilations, stride, true), none(), none()};
     }
     return cuda::batch_norm_depthwise(x, kind, norm.eps, norm.gamma, norm.beta, mean, var,
                                       depthwise, dilations, stride);
@@ -99,7 +102,8 @@ struct Composition {
     const at::TensorOptions acc = x.options()
                                       .dtype(accumulate_dtype(x.scalar_type()))
                                       .memory_format(at::MemoryFormat::Contiguous);
-    out.dgamma = out.dbeta = at::empty({0, x.size(1)}, acc);
+    out.dgamma = at::empty({0, x.size(1)}, acc);
+    out.dbeta = at::empty({0, x.size(1)}, acc);
     if (norm.kind == 0) {
       std::tie(out.dx, out.ddepthwise) =
           cuda::depthwise_group_backward(dhs, present, x, x.sizes().slice(2), depthwise, dilations,

@@ -131,6 +131,36 @@ __device__ inline void load_entries(A (&out)[V], const A* p) {
   }
 }
 
+// Number i of an array whose dtype is known at run time only, for the few that a kernel's type does not tell.
+__device__ inline double read(const void* p, int dtype, int64_t i) {
+  switch (static_cast<Dtype>(dtype)) {
+    case Dtype::kDouble:
+      return static_cast<const double*>(p)[i];
+    case Dtype::kHalf:
+      return to_acc(static_cast<const __half*>(p)[i]);
+    case Dtype::kBFloat16:
+      return to_acc(static_cast<const __nv_bfloat16*>(p)[i]);
+    default:
+      return static_cast<const float*>(p)[i];
+  }
+}
+
+__device__ inline void write(void* p, int dtype, int64_t i, double value) {
+  switch (static_cast<Dtype>(dtype)) {
+    case Dtype::kDouble:
+      static_cast<double*>(p)[i] = value;
+      break;
+    case Dtype::kHalf:
+      static_cast<__half*>(p)[i] = from_acc<__half>(static_cast<float>(value));
+      break;
+    case Dtype::kBFloat16:
+      static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(static_cast<float>(value));
+      break;
+    default:
+      static_cast<float*>(p)[i] = static_cast<float>(value);
+  }
+}
+
 // The storage type of a dtype, and the vector width and layout of a plan, as compile-time constants.
 template <typename F>
 cudaError_t with_type(Dtype dtype, F&& f) {

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastnas.methods.base import Moment
+from fastnas.methods.base import Method, Moment
 from fastnas.methods.learner import Batch, Learner, Outcome
 from fastnas.methods.optimizers import rates_as_tensors
 from fastnas.methods.recorder import CudaRecorder, Recorder, Recording
@@ -98,11 +98,16 @@ class _Step:
         if self._recorded is not None and self._recorded.addresses != self._addresses():
             self.forget()
 
+    def replays(self, batch: Batch, key: Hashable) -> bool:
+        """Whether this batch would be replayed."""
+        recorded = self._recorded
+        return recorded is not None and recorded.signature == _signature(batch, key)
+
     def __call__(
         self, run: Run, batch: Batch, moment: Moment, key: Hashable
     ) -> tuple[Outcome, str | None]:
         """Make the step ``run``; also says what stands in the way of a recording."""
-        signature = (key, *((t.shape, t.stride(), t.dtype) for t in batch))
+        signature = _signature(batch, key)
         if self._recorded is not None and self._recorded.signature == signature:
             self._last = signature
             return self._recorded.replay(batch), None
@@ -141,6 +146,10 @@ class _Step:
             raise _NotRecorded(f"recording a step failed: {first}") from error
         self._recorded = _Recorded(recording, signature, inputs, loss, correct, self._addresses())
         return self._recorded
+
+
+def _signature(batch: Batch, key: Hashable) -> Hashable:
+    return (key, *((t.shape, t.stride(), t.dtype) for t in batch))
 
 
 @dataclass
@@ -218,11 +227,17 @@ class GraphedLearner(Learner):
             self._check()
         if self.reason is not None:
             return eager(batch, moment)
+        failed = None
         try:
             key = (self.supernet.training, self.method.graph_key(moment))
+            if not step.replays(batch, key) and self.recorder.is_short():
+                self.forget()  # what recordings hold, eager steps could not use
             outcome, complaint = step(eager, batch, moment, key)
         except _NotRecorded as error:
-            self._give_up(str(error))
+            failed = str(error)
+        if failed is not None:
+            # Not in the block above: the error holds what the recording had computed until then.
+            self._give_up(failed)
             return eager(batch, moment)
         if complaint is not None:
             self._give_up(complaint)
@@ -277,7 +292,7 @@ def obstacle(learner: Learner) -> str | None:
     """What is known to stand in the way of a recording of the learner's steps; None for nothing."""
     if learner.scaler is not None:
         return "loss scaling looks at the gradients in every step"
-    if (reason := learner.method.graph_obstacle()) is not None:
+    if (reason := learner.method.graph_obstacle() or _undeclared(learner.method)) is not None:
         return reason
     if has_global_hook():
         return "a hook on all modules would not be called"
@@ -286,9 +301,25 @@ def obstacle(learner: Learner) -> str | None:
             return f"{name or 'the supernet'} is {type(module).__name__}"
         if any(hook_tables(module)):
             return f"a hook on {name or 'the supernet'} would not be called"
+    if any(any(hook_tables(module)) for module in learner.arch.modules()):
+        return "a hook on the architecture would not be called"
+    for optimizer in (learner.weight_optimizer, learner.arch_optimizer):
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            return f"a hook on {type(optimizer).__name__} would not be called"
     for parameter in (*learner.supernet.parameters(), *learner.arch.parameters()):
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             return "a hook on a parameter would not be called"
+    return None
+
+
+def _undeclared(method: Method) -> str | None:
+    """What a class changes of a method of ours without saying that its steps can be recorded."""
+    for cls in type(method).__mro__:
+        if "graph_obstacle" in vars(cls) or cls.__module__.partition(".")[0] == "fastnas":
+            return None
+        for name in ("weights", "objective", "iteration", "weight_step", "architecture_step"):
+            if name in vars(cls):
+                return f"{cls.__name__} has a {name} of its own and no graph_obstacle"
     return None
 
 
@@ -312,7 +343,9 @@ def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 def _addresses(supernet: nn.Module, arch: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
     """Where everything lies that a step with this optimizer reads and writes, but for images."""
     tensors = [*supernet.parameters(), *supernet.buffers(), *arch.parameters()]
-    tensors += [group["lr"] for group in optimizer.param_groups]
+    # The rate of a group without parameters is a number, which nothing reads.
+    rates = [group["lr"] for group in optimizer.param_groups]
+    tensors += [rate for rate in rates if isinstance(rate, Tensor)]
     for state in optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
     return [tensor.data_ptr() for tensor in tensors]

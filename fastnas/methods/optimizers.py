@@ -54,6 +54,8 @@ def adam(
     groups: list[dict[str, Any]], lr: float, *, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Adam:
     """Adam for the few tensors of an architecture, which are on their device already."""
+    # As lists: an iterator is empty for the optimizer once it was looked at.
+    groups = [{**group, "params": _listed(group["params"])} for group in groups]
     given = [parameter for group in groups for parameter in group["params"]]
     return _on_device(
         torch.optim.Adam(
@@ -126,7 +128,7 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
     of which one path a step is trained, and the first step is none of another kind.
     """
     for group in optimizer.param_groups:
-        if not (group.get("momentum") and group["fused"]):
+        if not (group.get("momentum") and group.get("fused")):
             continue
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -138,6 +140,10 @@ def _on_device(optimizer: Any) -> Any:
     if _have_type([p for group in optimizer.param_groups for p in group["params"]], "cuda"):
         rates_as_tensors(optimizer)
     return optimizer
+
+
+def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
 
 
 def _have_type(parameters: Iterable[Tensor], *types: str) -> bool:

@@ -20,6 +20,9 @@ class Recorder(Protocol):
     def warm_up(self, run: Callable[[], None]) -> str | None:
         """Run as a recording would; says what in it stands in the way of one, None for nothing."""
 
+    def is_short(self) -> bool:
+        """Whether recordings may hold memory that eager steps need."""
+
     def record(self, run: Callable[[], None]) -> Recording:
         """Record, without doing what is recorded."""
 
@@ -59,7 +62,7 @@ class CudaRecorder:
                 run()
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        before.wait_stream(stream)
+                before.wait_stream(stream)  # also where the step failed: others read the weights
         waits = False
         for one in heard:
             text = str(one.message)
@@ -68,6 +71,13 @@ class CudaRecorder:
             elif not text.startswith("Synchronization debug mode"):
                 warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
         return "the host waits for the device in every step" if waits else None
+
+    def is_short(self) -> bool:
+        """Whether more than half of the device's memory is taken by this process."""
+        if not self._alive:
+            return False
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        return 2 * torch.cuda.memory_reserved(self._device) > total
 
     def record(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Record a graph.

@@ -19,14 +19,11 @@ class AvgPool2d(nn.AvgPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool ``x`` of shape ``(N, C, H, W)`` or ``(C, H, W)``."""
-        if not (x.is_cuda and x.requires_grad and _is_channels_last(x)):
+        if not (x.is_cuda and x.requires_grad and x.dim() == 4) or x.is_contiguous():
             return super().forward(x)
         y = super().forward(x.contiguous())
-        return y.contiguous(memory_format=torch.channels_last)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        # Channels may be innermost without being all there are, as a part of them is.
+        return y.contiguous(memory_format=torch.channels_last) if x.stride(1) == 1 else y
 
 
 AVERAGE_POOLS = (nn.AvgPool2d, AvgPool2d)

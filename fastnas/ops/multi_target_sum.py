@@ -47,7 +47,8 @@ def multi_target_sum(
             norms; dtypes and memory formats may differ. None stands for a candidate that was not
             run, which no target uses, whatever its weights are.
         weights: ``(T, K)`` floating point, T at most 64. A weight of 0 leaves its input out of that
-            sum: one that no target uses is not read by it, and its gradient is 0.
+            sum: one that no target uses is not read by it, and its gradient is 0. (Behind a norm a
+            NaN or an infinity in it still comes through.)
         norms: for each input None (it enters as it is) or a ``BatchNorm2d``, affine or not. Running
             statistics and counters of those in training are updated once, whatever the number of
             targets; that of an input that is None is left alone.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fastnas._timing import timed
-from fastnas.search.runtime import memory_layout
+from fastnas.search.runtime import is_out_of_memory, memory_layout
 
 __all__ = ["LEAST_STEPS", "LayoutChoice", "choose_layout"]
 
@@ -78,6 +78,11 @@ def choose_layout(
                 trial.measure(other)
     except _Stopped:
         return None
+    except Exception as error:
+        # Both at once may be too much where one alone is not.
+        if usual in trial.first and other not in trial.first and is_out_of_memory(error):
+            return LayoutChoice(usual, f"{usual}: there is no memory to try {other} beside it")
+        raise
     best, worst = sorted((usual, other), key=trial.seconds)
     which = "a step" if trial.rounds else "the first step"
     return LayoutChoice(
