@@ -122,3 +122,20 @@ def test_damaged_config_of_a_run_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"epochs": "many"}))
     with pytest.raises(ValueError, match=r"config\.json: epochs: expected int, but got 'many'"):
         search_command._config(["--resume", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("given", ["entrannas", "da2s", "darts"])
+def test_another_method_than_the_run_has(tmp_path, given):
+    begun = preset_config("demo", method="entrannas_dst", out=str(tmp_path))
+    write_json(tmp_path / "config.json", begun.to_dict())
+    with pytest.raises(ValueError, match=f"begun with method='entrannas_dst', not '{given}'"):
+        search_command._config(["--resume", "--out", str(tmp_path), "--method", given])
+    # Its method's options are there without its name.
+    words = ["--resume", "--out", str(tmp_path), "--norm", "node"]
+    assert search_command._config(words).options.norm == "node"
+
+
+def test_help_of_a_run_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        search_command._config(["--resume", "--out", str(tmp_path / "none"), "--help"])
+    assert ended.value.code == 0 and "--method" in capsys.readouterr().out

@@ -93,9 +93,9 @@ def test_supernet_options() -> None:
         ({"engine_cells": ""}, "engine_cells: expected last"),
         ({"engine_cells": "1,-2"}, "engine_cells: expected last"),
         ({"engine_cells": "1,,2"}, "engine_cells: expected last"),
-        ({"tau": 0.0}, "tau: expected more than 0, but got 0"),
-        ({"tau": float("nan")}, "tau: expected more than 0"),
-        ({"tau": float("inf")}, "tau: expected more than 0"),
+        ({"tau": 0.0}, "tau: expected a number from 1e-06 to 1000000, but got 0"),
+        ({"tau": float("nan")}, "tau: expected a number from 1e-06 to 1000000"),
+        ({"tau": float("inf")}, "tau: expected a number from 1e-06 to 1000000"),
     ],
 )
 def test_options_that_are_refused(given: dict, message: str) -> None:

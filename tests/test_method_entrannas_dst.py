@@ -339,8 +339,14 @@ def test_without_them_every_connection_weighs_one() -> None:
     ("given", "message"),
     [
         ({"beta_init": float("inf")}, "beta_init: expected a finite number, but got inf"),
-        ({"sparsity_lambda": -1.0}, "sparsity_lambda: expected at least 0, but got -1"),
-        ({"sparsity_lambda": float("nan")}, "sparsity_lambda: expected at least 0"),
+        (
+            {"sparsity_lambda": -1.0},
+            "sparsity_lambda: expected a finite number of at least 0, but got -1",
+        ),
+        (
+            {"sparsity_lambda": float("nan")},
+            "sparsity_lambda: expected a finite number of at least 0",
+        ),
     ],
 )
 def test_options_that_are_refused(given: dict, message: str) -> None:

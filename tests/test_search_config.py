@@ -12,7 +12,7 @@ import torch
 from search_tiny import config, images, registered
 
 from fastnas.data import Augment
-from fastnas.methods import METHODS, DartsOptions, PCDartsOptions
+from fastnas.methods import METHODS, DartsOptions, EnTranNASOptions, PCDartsOptions
 from fastnas.search import PRESETS, Progress, Search, SearchConfig, preset_config
 from fastnas.spaces import SPACES
 
@@ -200,3 +200,19 @@ def test_a_search_with_less_memory_finds_the_same() -> None:
         search.run()
         results.append(search.learner.arch.state_dict())
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: EnTranNASOptions(derive="x"), "derive"),
+        (lambda: EnTranNASOptions(order="third"), "order"),
+        (lambda: EnTranNASOptions(share="no"), "share"),
+        (lambda: EnTranNASOptions(engine_cells=[1, 2]), "engine_cells"),
+        (lambda: EnTranNASOptions(tau="1"), "tau"),
+        (lambda: EnTranNASOptions(tau=1e-40), "tau"),
+    ],
+)
+def test_options_of_another_type_are_refused(make, said):
+    with pytest.raises(ValueError, match=f"{said}: expected"):
+        SearchConfig(method="entrannas", options=make())

@@ -29,12 +29,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _config(argv: Sequence[str]) -> SearchConfig:
-    chosen = choices(argv, preset="demo", method="pc_darts", space="darts")
-    preset = chosen["preset"]
-    config = preset_config(preset, method=chosen["method"], space=chosen["space"])
+    chosen = choices(argv, preset="demo", method="", space="", out="")
+    preset, method, space = (chosen[name] for name in ("preset", "method", "space"))
+    config = preset_config(preset, method=method or "pc_darts", space=space or "darts")
     words = {"prog": "fastnas search", "description": _DESCRIPTION}
-    config = parse(config, argv, preset=preset, presets=PRESETS, **words)
-    if not config.resume or config.out is None:
-        return config
-    begun = begun_with(SearchConfig, RunDirectory(config.out))
-    return parse(begun, argv, preset=preset, presets=PRESETS, **words)
+    # The options that there are depend on the method, and that is the run's.
+    out = chosen["out"] or config.out
+    left_to_parse = {"-h", "--help", "--out=", ""} & set(argv)
+    if "--resume" in argv and out is not None and not left_to_parse:
+        config = begun_with(SearchConfig, RunDirectory(out))
+        for name, given in (("method", method), ("space", space)):
+            if given and given != (begun := getattr(config, name)):
+                raise ValueError(
+                    f"{out} was begun with {name}={begun!r}, not {given!r}: continue it with the "
+                    "same options, or start another run with another --out"
+                )
+    return parse(config, argv, preset=preset, presets=PRESETS, **words)

@@ -151,12 +151,14 @@ class Method(abc.ABC):
         presets: preset name -> configuration fields in which the method differs from the preset.
         needs: features that a space must have for it (``Space.features``).
         term: the target of the search, None for none.
+        decides_by_entropy: whether nearly equal weights mean that nothing was decided.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    decides_by_entropy: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -47,6 +47,10 @@ from fastnas.spaces.connections import strongest_edges, strongest_pairs
 __all__ = ["EnTranNAS", "EnTranNASDST", "EnTranNASDSTOptions", "EnTranNASOptions"]
 
 
+LEAST_TAU = 1e-6
+"""Beyond it and its inverse float32 holds no differences of logits any more."""
+
+
 @dataclass(frozen=True)
 class EngineOptions(DartsOptions):
     """Options that both methods have."""
@@ -63,8 +67,11 @@ class EngineOptions(DartsOptions):
     def __post_init__(self) -> None:
         """Check the form of the Engine-cells; whether they exist is for the supernet to say."""
         engine_cells(self.engine_cells)
-        if not 0 < self.tau < math.inf:
-            raise ValueError(f"tau: expected more than 0, but got {self.tau}")
+        if not (isinstance(self.tau, (int, float)) and LEAST_TAU <= self.tau <= 1 / LEAST_TAU):
+            raise ValueError(
+                f"tau: expected a number from {LEAST_TAU} to {1 / LEAST_TAU:.0f}, "
+                f"but got {self.tau!r}"
+            )
 
 
 def engine_cells(text: str) -> tuple[int, ...] | str:
@@ -73,6 +80,10 @@ def engine_cells(text: str) -> tuple[int, ...] | str:
     Raises:
         ValueError: anything else.
     """
+    if not isinstance(text, str):
+        raise ValueError(
+            f"engine_cells: expected last, all or numbers of cells (2,5) as text, but got {text!r}"
+        )
     if text in ("last", "all"):
         return text
     parts = text.replace(" ", "").split(",")
@@ -292,7 +303,8 @@ class EnTranNASDSTOptions(EngineOptions):
             raise ValueError(f"beta_init: expected a finite number, but got {self.beta_init}")
         if not 0 <= self.sparsity_lambda < math.inf:
             raise ValueError(
-                f"sparsity_lambda: expected at least 0, but got {self.sparsity_lambda}"
+                "sparsity_lambda: expected a finite number of at least 0, but got "
+                f"{self.sparsity_lambda}"
             )
 
 
@@ -301,6 +313,8 @@ class EnTranNASDST(_EngineAndTransit):
     """EnTranNAS with a learnt topology: every node keeps what exceeds its threshold."""
 
     Options: ClassVar[type[MethodOptions]] = EnTranNASDSTOptions
+    # A threshold tells nearly equal weights apart.
+    decides_by_entropy: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **_PRESETS,
         # A threshold that something falls below within these steps.

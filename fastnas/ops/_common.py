@@ -106,10 +106,18 @@ def _count_error(op: str, xs: Sequence[Tensor], shape: list[int]) -> ValueError:
     )
 
 
+#: Device types that have it, asked once: torch.compile of PyTorch 2.11 does not know the call.
+_AUTOCAST = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "ipu")
+    if torch.amp.is_autocast_available(device)
+)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """What torch's convolutions cast ``x`` to where they run now: autocast leaves float64 alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or device not in _AUTOCAST:
         return x.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 

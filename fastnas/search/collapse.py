@@ -133,6 +133,8 @@ def _rise(record: Record, history: Sequence[Record], config: SearchConfig) -> Wa
 
 
 def _undecided(record: Record, config: SearchConfig, specs: Mapping[str, CellSpec]) -> Warnings:
+    if not METHODS[config.method].decides_by_entropy:
+        return {}
     shares = {
         kind: value / most
         for kind, value in record["entropy"].items()

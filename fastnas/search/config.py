@@ -165,6 +165,7 @@ class SearchConfig:
                 f"options: expected {options.__name__} for the method {self.method!r}, "
                 f"but got {type(self.options).__name__}"
             )
+        from_dict(type(self.options), to_dict(self.options), "options")  # types and names of values
         for name in ("C", "layers", "epochs", "batch_size", "log_every"):
             check_range(name, getattr(self, name), 1)
         for name in _NOT_NEGATIVE:
