@@ -75,7 +75,7 @@ def test_passes_the_tests_of_the_op(op, simt):
     # Not -m pytest: that would put the folder it starts in, and fastnas if it is there, first.
     run = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     command = [sys.executable, "-c", run, "-q", "-p", "simt.plugin", "-p", "no:cacheprovider"]
-    command += [str(TESTS / f"test_{op}.py"), "-k", SELECTED.get(op, "test")]
+    command += [str(TESTS / f"test_{op}.py"), "-k", SELECTED.get(op, "test"), "-m", ""]
     path = os.pathsep.join([str(TESTS), os.environ["PYTHONPATH"]])
     environment = {**os.environ, "PYTHONPATH": path, "FASTNAS_TEST_DEVICE": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
