@@ -17,7 +17,9 @@ import ops_cases as cases
 import pytest
 import torch
 from ops_calls import CALLS, WITHOUT_IMAGES
+from ops_samples import samples
 from simt import harness
+from torch.utils._pytree import tree_leaves
 
 from fastnas import _extension
 from fastnas.ops import (
@@ -206,3 +208,21 @@ def test_indices_beyond_the_narrow_ones(limit, layout, simt, tolerances):
     for k, (a, b, c) in enumerate(zip(wide, ordinary, expected, strict=True)):
         cases.assert_bitwise(a, b, str(k))
         cases.assert_near(a, c, tolerances, str(k))
+
+
+def test_outputs_share_no_memory(simt):
+    """As torch.library asks of an op; opcheck sees it on a GPU alone."""
+    seen = 0
+    with cuda_kernels(simt):
+        for name, op, arguments in samples("cpu"):
+            if not has_cuda_kernels(op):
+                continue
+            outputs = getattr(torch.ops.fastnas, op)(*arguments)
+            storages = [
+                t.untyped_storage()._cdata
+                for t in tree_leaves(outputs)
+                if isinstance(t, torch.Tensor)
+            ]
+            assert len(set(storages)) == len(storages), f"{op} {name}"
+            seen += 1
+    assert seen > 50
