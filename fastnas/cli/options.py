@@ -17,6 +17,7 @@ from fastnas.search.files import read_json
 __all__ = ["begun_with", "choices", "parse"]
 
 C = TypeVar("C")
+D = TypeVar("D", str, None)
 R = TypeVar("R", SearchConfig, EvaluateConfig)
 
 _PRESET_HELP = (
@@ -25,7 +26,7 @@ _PRESET_HELP = (
 )
 
 
-def choices(argv: Sequence[str], **defaults: str) -> dict[str, str]:
+def choices(argv: Sequence[str], **defaults: D) -> dict[str, D | str]:
     """The values of the options that decide the defaults of the others, read beforehand.
 
     Args:
@@ -41,8 +42,11 @@ def choices(argv: Sequence[str], **defaults: str) -> dict[str, str]:
     try:
         known, _ = parser.parse_known_args(list(argv))
     except argparse.ArgumentError:
-        return dict(defaults)
-    return {name: getattr(known, name) or default for name, default in defaults.items()}
+        return {**defaults}
+    given = {name: getattr(known, name) for name in defaults}
+    return {
+        name: default if given[name] is None else given[name] for name, default in defaults.items()
+    }
 
 
 def begun_with(kind: type[R], run: RunDirectory) -> R:

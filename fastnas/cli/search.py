@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from fastnas.cli.options import begun_with, choices, parse
@@ -29,19 +30,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _config(argv: Sequence[str]) -> SearchConfig:
-    chosen = choices(argv, preset="demo", method="", space="", out="")
-    preset, method, space = (chosen[name] for name in ("preset", "method", "space"))
-    config = preset_config(preset, method=method or "pc_darts", space=space or "darts")
+    chosen = choices(argv, preset="demo", method="pc_darts", space="darts")
+    given = choices(argv, method=None, space=None, out=None)
+    preset = chosen["preset"]
+    config = preset_config(preset, method=chosen["method"], space=chosen["space"])
     words = {"prog": "fastnas search", "description": _DESCRIPTION}
-    # The options that there are depend on the method, and that is the run's.
-    out = chosen["out"] or config.out
-    left_to_parse = {"-h", "--help", "--out=", ""} & set(argv)
-    if "--resume" in argv and out is not None and not left_to_parse:
-        config = begun_with(SearchConfig, RunDirectory(out))
-        for name, given in (("method", method), ("space", space)):
-            if given and given != (begun := getattr(config, name)):
+    if given["out"] is not None:
+        config = dataclasses.replace(config, out=given["out"])
+    if "--resume" in argv and not {"-h", "--help"} & set(argv) and config.out is not None:
+        # The options that there are depend on the method, and that is the run's.
+        begun = begun_with(SearchConfig, RunDirectory(config.out))
+        for name in ("method", "space"):
+            if given[name] not in (None, found := getattr(begun, name)):
                 raise ValueError(
-                    f"{out} was begun with {name}={begun!r}, not {given!r}: continue it with the "
-                    "same options, or start another run with another --out"
+                    f"{config.out} was begun with {name}={found!r}, not {given[name]!r}: continue "
+                    "it with the same options, or start another run with another --out"
                 )
+        config = begun
     return parse(config, argv, preset=preset, presets=PRESETS, **words)

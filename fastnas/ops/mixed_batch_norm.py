@@ -17,9 +17,17 @@ from fastnas.ops._common import (
     check_devices,
     differentiate,
     fake_like,
-    memory_format,
 )
-from fastnas.ops._norms import Norm, gather_norms, spread, update_running_statistics
+from fastnas.ops._mixed import (
+    composite,
+    keep,
+    kept,
+    pack_gradients,
+    split_tensors,
+    stand_in,
+    used_statistics,
+)
+from fastnas.ops._norms import Norm, gather_norms, update_running_statistics
 from fastnas.ops.reference import BATCH, PLAIN, RUNNING
 
 
@@ -64,54 +72,6 @@ def mixed_batch_norm(
     return y
 
 
-def split_tensors(
-    kinds: Sequence[int], affine: Sequence[bool], tensors: Sequence[Tensor]
-) -> tuple[list[Tensor], ...]:
-    """The Functions' flat argument list: xs, gammas, betas, running means and variances."""
-    lengths = (len(kinds), sum(affine), sum(affine), kinds.count(RUNNING), kinds.count(RUNNING))
-    parts, start = [], 0
-    for length in lengths:
-        parts.append(list(tensors[start : start + length]))
-        start += length
-    return tuple(parts)
-
-
-def inputs_to_save(
-    kinds: Sequence[int],
-    affine: Sequence[bool],
-    need_w: bool,
-    need_xs: Sequence[bool],
-    need_norms: bool,
-) -> list[bool]:
-    """Which inputs the backward reads: normalised by their batch, or in a dot product."""
-    return [
-        need_w or (affine[k] and need_norms) or (kind == BATCH and need_xs[k])
-        for k, kind in enumerate(kinds)
-    ]
-
-
-def composite(
-    kinds: Sequence[int],
-    eps: Sequence[float],
-    affine: Sequence[bool],
-    weights: Tensor,
-    tensors: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward of this op from the flat argument list, by the reference."""
-    xs, gammas, betas, means, variances = split_tensors(kinds, affine, tensors)
-    running = [kind == RUNNING for kind in kinds]
-    return reference.mixed_batch_norm(
-        xs,
-        weights,
-        kinds,
-        eps,
-        spread(affine, gammas),
-        spread(affine, betas),
-        spread(running, means),
-        spread(running, variances),
-    )
-
-
 class MixedBatchNorm(torch.autograd.Function):
     """Autograd of :func:`mixed_batch_norm`; the second derivative goes through the reference."""
 
@@ -127,19 +87,8 @@ class MixedBatchNorm(torch.autograd.Function):
                 xs, weights, kinds, eps, affine, gammas, betas, means, variances
             )
         else:
-            y, mean, var = composite(kinds, eps, affine, weights, tensors)
-        need_w, *need = ctx.needs_input_grad[3:]
-        k = len(kinds)
-        keep = inputs_to_save(kinds, affine, need_w, need[:k], any(need[k : k + 2 * len(gammas)]))
-        saved = [x if kept else x.new_empty(0) for x, kept in zip(xs, keep, strict=True)]
-        # Not the running statistics: a training step may move them before the backward, and mean
-        # and var hold the values that were used.
-        ctx.save_for_backward(weights, mean, var, *saved, *gammas, *betas)
-        ctx.kinds, ctx.eps, ctx.affine = kinds, eps, affine
-        ctx.format = memory_format(xs[0])
-        ctx.dtypes = [t.dtype for t in tensors]
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
+            y, mean, var = composite("mixed_batch_norm", kinds, eps, affine, weights, tensors)
+        keep(ctx, [weights], kinds, eps, affine, tensors, mean, var)
         return y, mean, var
 
     @staticmethod
@@ -150,17 +99,12 @@ class MixedBatchNorm(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         kinds, eps, affine = ctx.kinds, ctx.eps, ctx.affine
-        weights, mean, var, *tensors = ctx.saved_tensors
+        (weights, mean, var), xs, gammas, betas = kept(ctx, 1)
         need_w, *need = ctx.needs_input_grad[3:]
-        k, rows = len(kinds), sum(affine)
-        xs, gammas, betas = tensors[:k], tensors[k : k + rows], tensors[k + rows :]
         if torch.is_grad_enabled() or not has_kernels(grad.device.type):
-            stand_ins = [
-                x if x.shape == grad.shape else grad.new_zeros((), dtype=x.dtype).expand_as(grad)
-                for x in xs
-            ]
+            stand_ins = [stand_in(x, grad.shape) for x in xs]
             grads = differentiate(
-                lambda w, *t: composite(kinds, eps, affine, w, t)[0],
+                lambda w, *t: composite("mixed_batch_norm", kinds, eps, affine, w, t)[0],
                 (weights, *stand_ins, *gammas, *betas, *used_statistics(kinds, mean, var)),
                 (need_w, *need),
                 grad,
@@ -168,33 +112,9 @@ class MixedBatchNorm(torch.autograd.Function):
             return (None, None, None, *grads)
         grad = grad.contiguous(memory_format=ctx.format)
         dxs, dw, dgamma, dbeta = torch.ops.fastnas.mixed_batch_norm_backward(
-            grad, xs, weights, mean, var, kinds, eps, affine, gammas, betas, need[:k], need_w
+            grad, xs, weights, mean, var, kinds, eps, affine, gammas, betas, need[: len(xs)], need_w
         )
         return (None, None, None, *pack_gradients(ctx, dxs, dw, dgamma, dbeta))
-
-
-def used_statistics(kinds: Sequence[int], mean: Tensor, var: Tensor) -> list[Tensor]:
-    """The running means and variances of the flat argument list, from what the forward returned."""
-    rows = [k for k, kind in enumerate(kinds) if kind == RUNNING]
-    return [table[k] for table in (mean, var) for k in rows]
-
-
-def pack_gradients(
-    ctx: Any, dxs: list[Tensor], dw: Tensor, dgamma: Tensor, dbeta: Tensor
-) -> list[Tensor | None]:
-    """The kernels' results in the order of the Function's tensor arguments, in their dtypes."""
-    need_w, *need = ctx.needs_input_grad[-len(ctx.dtypes) - 1 :]
-    items = iter(dxs)
-    k, affine = len(ctx.kinds), sum(ctx.affine)
-    flat: list[Tensor | None] = [next(items) if n else None for n in need[:k]]
-    flat += dgamma.unbind(0) if affine else []
-    flat += dbeta.unbind(0) if affine else []
-    flat += [None] * (len(need) - len(flat))
-    grads = [
-        t.to(d) if n and t is not None else None
-        for t, d, n in zip(flat, ctx.dtypes, need, strict=True)
-    ]
-    return [dw if need_w else None, *grads]
 
 
 @torch.library.register_fake("fastnas::mixed_batch_norm")

@@ -10,23 +10,24 @@ import torch
 from torch import Tensor
 
 from fastnas._extension import has_kernels
-from fastnas.ops import reference
 from fastnas.ops._common import (
     MAX_CANDIDATES,
     check_candidates,
     check_devices,
     differentiate,
     fake_like,
-    memory_format,
 )
-from fastnas.ops._norms import Norm, gather_norms, spread, update_running_statistics
-from fastnas.ops.mixed_batch_norm import (
-    inputs_to_save,
+from fastnas.ops._mixed import (
+    composite,
+    keep,
+    kept,
     pack_gradients,
     split_tensors,
+    stand_in,
     used_statistics,
 )
-from fastnas.ops.reference import PLAIN, RUNNING, accumulate_dtype, result_dtype
+from fastnas.ops._norms import Norm, gather_norms, update_running_statistics
+from fastnas.ops.reference import PLAIN, accumulate_dtype, result_dtype
 
 
 def multi_target_sum(
@@ -112,28 +113,6 @@ def _check_weights(op: str, weights: Tensor, count: int, like: Tensor) -> None:
         )
 
 
-def composite(
-    kinds: Sequence[int],
-    eps: Sequence[float],
-    affine: Sequence[bool],
-    weights: Tensor,
-    tensors: Sequence[Tensor],
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The forward of this op from the flat argument list, by the reference."""
-    xs, gammas, betas, means, variances = split_tensors(kinds, affine, tensors)
-    running = [kind == RUNNING for kind in kinds]
-    return reference.multi_target_sum(
-        xs,
-        weights,
-        kinds,
-        eps,
-        spread(affine, gammas),
-        spread(affine, betas),
-        spread(running, means),
-        spread(running, variances),
-    )
-
-
 class MultiTargetSum(torch.autograd.Function):
     """Autograd of :func:`multi_target_sum`; the second derivative goes through the reference."""
 
@@ -149,43 +128,25 @@ class MultiTargetSum(torch.autograd.Function):
                 xs, weights, kinds, eps, affine, gammas, betas, means, variances
             )
         else:
-            ys, mean, var = composite(kinds, eps, affine, weights, tensors)
-        need_w, *need = ctx.needs_input_grad[3:]
-        k = len(kinds)
-        keep = inputs_to_save(kinds, affine, need_w, need[:k], any(need[k : k + 2 * len(gammas)]))
-        saved = [x if kept else x.new_empty(0) for x, kept in zip(xs, keep, strict=True)]
-        # Not the running statistics: a training step may move them before the backward.
-        ctx.save_for_backward(weights, mean, var, *saved, *gammas, *betas)
-        ctx.kinds, ctx.eps, ctx.affine = kinds, eps, affine
-        ctx.format = memory_format(xs[0])
-        ctx.dtypes = [t.dtype for t in tensors]
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
+            ys, mean, var = composite("multi_target_sum", kinds, eps, affine, weights, tensors)
+        keep(ctx, [weights], kinds, eps, affine, tensors, mean, var)
         return (*ys, mean, var)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the weights, the inputs and the affine parameters that ask for one."""
-        weights, mean, var, *tensors = ctx.saved_tensors
+        (weights, mean, var), xs, gammas, betas = kept(ctx, 1)
         rows = [t for t, g in enumerate(grads[:-2]) if g is not None]
         given = [g for g in grads[:-2] if g is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
         kinds, eps, affine = ctx.kinds, ctx.eps, ctx.affine
         need_w, *need = ctx.needs_input_grad[3:]
-        k, affine_rows = len(kinds), sum(affine)
-        xs, gammas, betas = (
-            tensors[:k], tensors[k : k + affine_rows], tensors[k + affine_rows :]
-        )  # fmt: skip
         if torch.is_grad_enabled() or not has_kernels(given[0].device.type):
-            like = given[0]
-            stand_ins = [
-                x if x.shape == like.shape else like.new_zeros((), dtype=x.dtype).expand_as(like)
-                for x in xs
-            ]
+            stand_ins = [stand_in(x, given[0].shape) for x in xs]
 
             def sums(weights: Tensor, *tensors: Tensor) -> list[Tensor]:
-                ys, *_ = composite(kinds, eps, affine, weights, tensors)
+                ys, *_ = composite("multi_target_sum", kinds, eps, affine, weights, tensors)
                 return [ys[t] for t in rows]
 
             inputs = (weights, *stand_ins, *gammas, *betas, *used_statistics(kinds, mean, var))
@@ -203,7 +164,7 @@ class MultiTargetSum(torch.autograd.Function):
             affine,
             gammas,
             betas,
-            need[:k],
+            need[: len(xs)],
             need_w,
         )
         if need_w and not whole:

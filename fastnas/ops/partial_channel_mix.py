@@ -17,16 +17,17 @@ from fastnas.ops._common import (
     check_devices,
     differentiate,
     fake_like,
-    memory_format,
 )
-from fastnas.ops._norms import Norm, gather_norms, update_running_statistics
-from fastnas.ops.mixed_batch_norm import (
+from fastnas.ops._mixed import (
     composite,
-    inputs_to_save,
+    keep,
+    kept,
     pack_gradients,
     split_tensors,
+    stand_in,
     used_statistics,
 )
+from fastnas.ops._norms import Norm, gather_norms, update_running_statistics
 
 
 def partial_channel_mix(
@@ -128,22 +129,13 @@ class PartialChannelMix(torch.autograd.Function):
             )
         else:
             y, mean, var = _join(k, kinds, eps, affine, rest, weights, tensors)
-        need_rest, need_w, *need = ctx.needs_input_grad[4:]
-        n = len(kinds)
-        keep = inputs_to_save(kinds, affine, need_w, need[:n], any(need[n : n + 2 * len(gammas)]))
-        saved = [x if kept else x.new_empty(0) for x, kept in zip(xs, keep, strict=True)]
         pooled = rest.shape[2:] != xs[0].shape[2:]
         # A copied bypass has a gradient without its values; a pooled one needs them to find the
         # maxima again.
-        kept_rest = rest if need_rest and pooled else rest.new_empty(0)
-        # Not the running statistics, as in mixed_batch_norm.
-        ctx.save_for_backward(kept_rest, weights, mean, var, *saved, *gammas, *betas)
-        ctx.k, ctx.kinds, ctx.eps, ctx.affine = k, kinds, eps, affine
-        ctx.format = memory_format(xs[0])
-        ctx.dtypes = [t.dtype for t in tensors]
+        kept_rest = rest if ctx.needs_input_grad[4] and pooled else rest.new_empty(0)
+        keep(ctx, [kept_rest, weights], kinds, eps, affine, tensors, mean, var)
+        ctx.k = k
         ctx.rest, ctx.mixed_shape = (rest.shape, rest.dtype), xs[0].shape
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
         return y, mean, var
 
     @staticmethod
@@ -154,29 +146,23 @@ class PartialChannelMix(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         k, kinds, eps, affine = ctx.k, ctx.kinds, ctx.eps, ctx.affine
-        rest, weights, mean, var, *tensors = ctx.saved_tensors
+        (rest, weights, mean, var), xs, gammas, betas = kept(ctx, 2)
         need_rest, need_w, *need = ctx.needs_input_grad[4:]
         rest_shape, rest_dtype = ctx.rest
-        n, rows = len(kinds), sum(affine)
-        xs, gammas, betas = tensors[:n], tensors[n : n + rows], tensors[n + rows :]
         if torch.is_grad_enabled() or not has_kernels(grad.device.type):
-
-            def stand_in(x: Tensor, shape: torch.Size) -> Tensor:
-                return x if x.shape == shape else x.new_zeros(()).expand(shape)
-
             stand_ins = [stand_in(x, ctx.mixed_shape) for x in xs]
             statistics = used_statistics(kinds, mean, var)
-            composite = differentiate(
+            composed = differentiate(
                 lambda r, w, *t: _join(k, kinds, eps, affine, r, w, t)[0],
                 (stand_in(rest, rest_shape), weights, *stand_ins, *gammas, *betas, *statistics),
                 (need_rest, need_w, *need),
                 grad,
             )
-            return (None, None, None, None, *composite)
+            return (None, None, None, None, *composed)
         grad = grad.contiguous(memory_format=ctx.format)
         drest, dxs, dw, dgamma, dbeta = torch.ops.fastnas.partial_channel_mix_backward(
             grad, rest, list(rest_shape[2:]), xs, weights, k, mean, var, kinds, eps, affine, gammas,
-            betas, need_rest, need[:n], need_w,
+            betas, need_rest, need[: len(xs)], need_w,
         )  # fmt: skip
         grads = pack_gradients(ctx, dxs, dw, dgamma, dbeta)
         return (None, None, None, None, drest.to(rest_dtype) if need_rest else None, *grads)
@@ -192,7 +178,7 @@ def _join(
     tensors: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The whole op by the reference."""
-    mixed, mean, var = composite(kinds, eps, affine, weights, tensors)
+    mixed, mean, var = composite("mixed_batch_norm", kinds, eps, affine, weights, tensors)
     dtype = torch.promote_types(mixed.dtype, rest.dtype)
     return reference.partial_channel_join(rest.to(dtype), mixed.to(dtype), k), mean, var
 
