@@ -17,12 +17,8 @@ from fastnas.methods.base import (
 )
 from fastnas.methods.da2s import DA2S, DA2SOptions
 from fastnas.methods.darts import Darts, DartsOptions
-from fastnas.methods.entrannas import (
-    EnTranNAS,
-    EnTranNASDST,
-    EnTranNASDSTOptions,
-    EnTranNASOptions,
-)
+from fastnas.methods.entrannas import EnTranNAS, EnTranNASOptions
+from fastnas.methods.entrannas_dst import EnTranNASDST, EnTranNASDSTOptions
 from fastnas.methods.learner import Batch, Learner, Outcome
 from fastnas.methods.pc_darts import PCDarts, PCDartsOptions
 from fastnas.methods.proxyless import Proxyless, ProxylessOptions

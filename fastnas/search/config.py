@@ -302,9 +302,7 @@ class SearchConfig:
 
 
 # Fields that a continuation may change: places and means. (Last bits may, of device and threads.)
-RUNTIME_FIELDS = frozenset(
-    ("out", "resume", "device", "memory", "threads", "log_every", "gap", "cuda_graphs")
-)
+RUNTIME_FIELDS = frozenset("out resume device memory threads log_every gap cuda_graphs".split())
 
 _NOT_NEGATIVE = (
     *("lr", "lr_min", "lr_warmup_epochs", "momentum", "weight_decay", "grad_clip"),
