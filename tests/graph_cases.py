@@ -204,6 +204,14 @@ def state_of(learned: Learner) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in found.items()}
 
 
+def assert_same(a, b) -> None:
+    """Of two learners, bit for bit."""
+    first, second = state_of(a), state_of(b)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
 class Invalid(Darts):
     """A method that asks the driver for something that makes a recording invalid."""
 

@@ -39,12 +39,7 @@ def _space() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def searched(method: str = "darts", **fields: object) -> Search:

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from graph_cases import STEPS, Tape, batches, darts_supernet, learner, state_of, train
+from graph_cases import STEPS, Tape, assert_same, batches, darts_supernet, learner, state_of, train
 
 from fastnas.methods import DA2SOptions, Moment
 from fastnas.methods.graphs import WARM_UP, GraphedLearner, GraphError
@@ -18,19 +18,7 @@ NOW = Moment(0, 4, 0)
 METHODS = pytest.mark.parametrize("name", ["darts", "pc_darts", "da2s"])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def assert_same(a, b) -> None:
-    first, second = state_of(a), state_of(b)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @METHODS

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graph_cases import STEPS, Tape, learner, state_of, train
+from graph_cases import STEPS, Tape, assert_same, learner, train
 from torch import nn
 
 from fastnas.methods import Darts, DartsOptions, Method, Moment, Proxyless
@@ -14,19 +14,7 @@ from fastnas.methods.graphs import GraphedLearner, obstacle, with_graphs
 NOW = Moment(0, 4, 0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def assert_same(a, b) -> None:
-    first, second = state_of(a), state_of(b)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Silent(Method):

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import search_tiny as tiny
 import torch
@@ -25,13 +23,7 @@ NOW = Moment(epoch=0, epochs=2, step=0)
 EVERYTHING = (tuple(range(7)),) * 14
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def dst(**options: object) -> EnTranNASDST:

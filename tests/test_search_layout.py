@@ -27,12 +27,9 @@ FORMATS = ("contiguous", "channels_last")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _registered(one_thread: None) -> Iterator[None]:
     with registered():
         yield
-    torch.set_num_threads(before)
 
 
 class Clock:

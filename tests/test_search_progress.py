@@ -26,13 +26,7 @@ def _space() -> object:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    # Threads have nothing to do at this size but to wait for each other.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_progress() -> None:

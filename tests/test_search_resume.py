@@ -32,12 +32,7 @@ AUTO = {**REAL, "memory_format": "auto"}
 REAL_IMAGES = 64
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def uninterrupted(fields: dict[str, object], count: int, path: Path) -> Path:
