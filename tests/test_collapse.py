@@ -330,6 +330,11 @@ def test_undecided_alphas_are_warned_of_at_the_end() -> None:
     assert "their entropy is 98.8% of what it can be" in text and "--method da2s" in text
     assert told({**flat, "epoch": 1}) == {}
     assert told({"entropy": {"normal": 1.38, "reduce": 1.0}}) == {}
+    # A threshold tells nearly equal weights apart.
+    specs = {"normal": tiny.SPEC, "reduce": tiny.SPEC}
+    config = preset_config("demo", method="entrannas_dst", epochs=2, out=None)
+    record = {"epoch": 2, "skip_connects": None, "eigenvalue": None, **flat}
+    assert warnings(record, [], config, specs) == {}
 
 
 def test_a_method_without_a_hessian() -> None:

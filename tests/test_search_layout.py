@@ -96,6 +96,23 @@ def test_a_trial_is_a_small_part_of_its_run(monkeypatch, steps, ratio):
     assert clock.total <= 0.02 * steps
 
 
+@pytest.mark.parametrize("short", ["contiguous", "channels_last"])
+def test_no_memory_for_two_copies(monkeypatch, short):
+    clock = Clock(monkeypatch, channels_last=[1.0] * 9, contiguous=[1.0] * 9)
+
+    def begin(format: torch.memory_format):
+        if clock.begin(format)() == short:
+            raise torch.OutOfMemoryError("no")
+        return clock.begin(format)
+
+    if short == "channels_last":  # the first: it is too much by itself
+        with pytest.raises(torch.OutOfMemoryError):
+            choose_layout(begin, 10**4, CPU)
+        return
+    name, found = choose_layout(begin, 10**4, CPU)
+    assert name == "channels_last" and "no memory to try contiguous" in found
+
+
 def test_a_trial_can_be_stopped():
     asked = []
 
