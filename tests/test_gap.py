@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import proxyless_tiny as chain
 import pytest
 import search_tiny as tiny
 import torch
@@ -16,10 +17,11 @@ import torch
 import fastnas.search.gap as gap_module
 from fastnas.cli import gap as gap_command
 from fastnas.cli import main
-from fastnas.methods import DA2S, Darts, Moment, PCDarts
-from fastnas.search import Gap, Progress, RunInterrupted, Search, load_checkpoint
+from fastnas.methods import DA2S, Darts, Moment, PCDarts, Proxyless, ProxylessOptions
+from fastnas.nn.gated import frozen_statistics
+from fastnas.search import Gap, Progress, RunInterrupted, Search, load_checkpoint, preset_config
 from fastnas.search.files import read_jsonl
-from fastnas.spaces import SPACES
+from fastnas.spaces import SPACES, mbconv
 from fastnas.spaces.darts import GENOTYPES, Genotype, Supernet, derive, one_hot
 
 SPECS = Supernet(C=4, layers=3).cell_specs
@@ -126,6 +128,29 @@ def test_da2s_shares_the_weight_of_a_node() -> None:
         assert (edges[rows] > 0).sum() == 2
 
 
+def test_one_hot_of_a_chain_of_blocks() -> None:
+    net = mbconv.Supernet(num_classes=4, in_channels=1, **chain.OPTIONS)
+    specs = net.cell_specs
+    scores = torch.rand(4, 7, generator=torch.Generator().manual_seed(2))
+    genotype = mbconv.derive({"block": scores}, specs)
+    hot = mbconv.one_hot(genotype, specs)
+    assert hot["block"].ops.shape == (4, 7) and hot["block"].edges is None
+    assert hot["block"].ops.sum(1).tolist() == [1, 1, 1, 1]
+    assert mbconv.derive({"block": hot["block"].ops}, specs) == genotype
+    arch = Darts(specs).parameters()
+    path = Proxyless(specs).pruned_weights(arch, hot)["block"]
+    assert [gate.active for gate in path.edges] == hot["block"].ops.argmax(1).tolist()
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(net.eval()(x, {"block": path}), net(x, hot))
+    wider = mbconv.Supernet(num_classes=4, in_channels=1, **{**chain.OPTIONS, "head_channels": 40})
+    with pytest.raises(ValueError, match=r"one_hot: .* head 40, but got stem 8, .* head 32"):
+        mbconv.one_hot(genotype, wider.cell_specs)
+    with pytest.raises(ValueError, match=r"one_hot: .* but got stem 40/2"):
+        mbconv.one_hot(mbconv.GENOTYPES["proxyless_cpu"], specs)
+    with pytest.raises(TypeError, match=r"wanted a ChainSpec, got NoneType"):
+        mbconv.one_hot(genotype, SPECS)
+
+
 # --- the measurement ---------------------------------------------------------------------------
 
 
@@ -200,6 +225,50 @@ def test_accuracies_are_what_they_are_called() -> None:
     with torch.no_grad():
         gap_module.with_new_statistics(search.learner, training, hot, lambda: None)
     assert found.pruned_bn == pytest.approx(percent(hot))
+    assert len({found.supernet, found.pruned, found.pruned_bn}) == 3
+
+
+def test_the_path_that_is_left() -> None:
+    """ProxylessNAS: one path before and after; only the statistics are others."""
+    search = Search(
+        preset_config(
+            "demo",
+            method="proxyless",
+            space="mbconv",
+            network=mbconv.MBConvOptions(**chain.OPTIONS),
+            options=ProxylessOptions(arch_every=1),
+            epochs=8,
+            batch_size=8,
+            arch_warmup_epochs=0,
+            weight_share=0.5,
+            arch_share=0.5,
+            validate="never",
+            device="cpu",
+            out=None,
+        ),
+        data=tiny.images(),
+        progress=Progress(),
+    )
+    found = search.run().gap
+    assert search.history[-1]["skip_connects"] is None
+    hot = mbconv.one_hot(search.genotype(), search.method.specs)
+    path = search.method.pruned_weights(search.arch, hot)
+    assert path == search.method.weights(search.arch, NOW.during("validation"))
+    net, x_y = search.supernet, list(search.halves.validation.iterate(0))
+
+    @torch.no_grad()
+    def percent() -> float:
+        right = sum((net(x, path).argmax(1) == y).sum().item() for x, y in x_y)
+        return 100 * right / sum(len(y) for _, y in x_y)
+
+    with frozen_statistics(net.train()):
+        assert found.supernet == pytest.approx(percent(), abs=1e-3)
+    net.eval()
+    assert found.pruned == pytest.approx(percent(), abs=1e-3)
+    with torch.no_grad():
+        training = search.halves.weights.iterate(0)
+        gap_module.with_new_statistics(search.learner, training, path, lambda: None)
+    assert found.pruned_bn == pytest.approx(percent(), abs=1e-3)
     assert len({found.supernet, found.pruned, found.pruned_bn}) == 3
 
 

@@ -43,17 +43,17 @@ def table(monkeypatch, capsys, *words):
 
 def test_every_method_with_every_seed_and_none_twice(calls, tmp_path, monkeypatch, capsys):
     code, printed = table(monkeypatch, capsys, "--out", str(tmp_path), "--seeds", "3")
-    assert code == 0 and len(calls) == 18
+    assert code == 0 and len(calls) == 21
     assert sorted({c[c.index("--seed") + 1] for c in calls}) == ["0", "1", "2"]
     darts = next(line for line in printed.out.splitlines() if "`--method darts`" in line)
     assert darts == (
         "| `--method darts` | 80.0 ± 0.0 | 66.0 ± 1.0 | 79.0 ± 0.0 | 14.0 ± 1.0 | 1.0 ± 0.0 |"
     )
     assert table(monkeypatch, capsys, "--out", str(tmp_path))[1].out == printed.out
-    assert len(calls) == 18
+    assert len(calls) == 21
     (tmp_path / "darts-1" / "metrics.jsonl").unlink()  # stopped before its first epoch had ended
     table(monkeypatch, capsys, "--out", str(tmp_path))
-    assert calls[-1][-1] == "--resume" and len(calls) == 19
+    assert calls[-1][-1] == "--resume" and len(calls) == 22
 
 
 def test_one_seed_has_no_deviation(calls, monkeypatch, capsys):

@@ -258,7 +258,7 @@ class Method(abc.ABC):
 
         Returns:
             ``one_hot`` itself. A method that weighs the edges shares their weight among those that
-            stay.
+            stay; one that runs single paths returns the path.
         """
         return dict(one_hot)
 

@@ -28,7 +28,7 @@ from fastnas.methods.learner import Batch, Learner, Outcome, frozen, parameters_
 from fastnas.methods.reinforce import Baseline, BaselineRule, reinforce_step
 from fastnas.nn.gated import frozen_statistics
 from fastnas.nn.gates import Gate, Gates, Paths, draw_gates, rescale
-from fastnas.spaces.base import CellGates
+from fastnas.spaces.base import CellGates, CellWeights, Weighting
 
 _DRAWS = 20
 """Bits of the sampler's step for the draws within one iteration."""
@@ -189,6 +189,15 @@ class Proxyless(Method):
             }
         paths = "one" if moment.phase == "weights" else self._paths
         return self.split(self.draw(arch, moment, paths, index=int(moment.phase != "weights")))
+
+    def pruned_weights(
+        self, arch: ArchParameters, one_hot: Mapping[str, CellWeights]
+    ) -> dict[str, Weighting]:
+        """The one path that is left: nothing else is run."""
+        return {
+            kind: CellGates(tuple(map(Gate, weights.ops.argmax(dim=1).tolist())))
+            for kind, weights in one_hot.items()
+        }
 
     @property
     def _paths(self) -> Paths:

@@ -44,7 +44,7 @@ def observe(search: Search, accuracy: float | None) -> dict[str, Any]:
         "gap": None,
     }
     if space.one_hot is not None:
-        record["skip_connects"] = skip_connects(space.one_hot(genotype, specs), specs)
+        record["skip_connects"] = skip_connects(space.one_hot(genotype, specs), specs) or None
     if config.hessian_interval and number % config.hessian_interval == 0:
         # The same batch in every epoch: this is a measurement.
         batch = next(iter(search.halves.validation.iterate(0)))
@@ -66,13 +66,17 @@ def observe(search: Search, accuracy: float | None) -> dict[str, Any]:
 def skip_connects(
     one_hot: Mapping[str, CellWeights], specs: Mapping[str, CellSpec]
 ) -> dict[str, list[int]]:
-    """By cell kind, how many of the kept candidates are ``skip_connect``, and how many are kept."""
+    """By cell kind, how many of the kept candidates are ``skip_connect``, and how many are kept.
+
+    Kinds without this candidate are left out.
+    """
     counts = {}
     for kind, weights in one_hot.items():
         names = specs[kind].primitives
-        kept = weights.ops.sum(0)
-        skips = kept[names.index("skip_connect")] if "skip_connect" in names else kept.new_zeros(())
-        counts[kind] = [round(skips.item()), round(kept.sum().item())]
+        if "skip_connect" in names:
+            kept = weights.ops.sum(0)
+            skips = kept[names.index("skip_connect")]
+            counts[kind] = [round(skips.item()), round(kept.sum().item())]
     return counts
 
 

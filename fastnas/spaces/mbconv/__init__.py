@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fastnas.spaces.base import Space
 from fastnas.spaces.mbconv.blocks import RULES, MBConvShape
-from fastnas.spaces.mbconv.derive import derive
+from fastnas.spaces.mbconv.derive import derive, one_hot
 from fastnas.spaces.mbconv.genotype import Genotype, MBBlock
 from fastnas.spaces.mbconv.layout import PRIMITIVES, MBConvOptions
 from fastnas.spaces.mbconv.network import Network
@@ -24,6 +24,7 @@ __all__ = [
     "Network",
     "Supernet",
     "derive",
+    "one_hot",
 ]
 
 SPACE = Space(
@@ -57,4 +58,5 @@ SPACE = Space(
     fields=(),
     network_fields=(),
     features=frozenset({"gates"}),
+    one_hot=one_hot,
 )
