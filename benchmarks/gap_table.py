@@ -12,11 +12,11 @@ minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
+
+from runs import search
 
 KEYS = ("supernet", "pruned", "pruned_bn")
 #: What is compared: a name for the folder, and the words of the command.
@@ -29,25 +29,6 @@ SEARCHES = {
     "entrannas_dst": ("--method", "entrannas_dst", "--keep-weights"),
     "proxyless": ("--space", "mbconv", "--method", "proxyless"),
 }
-
-
-def search(words: tuple[str, ...], seed: int, out: Path) -> dict[str, float]:
-    """The gap of one search, which is made or finished if it is not there."""
-    command = [sys.executable, "-m", "fastnas", "search"]
-    if (out / "config.json").exists():
-        command += ["--out", str(out), "--resume"]
-    else:
-        command += [*words, "--seed", str(seed), "--out", str(out)]
-    if not finished(out):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["gap"]
-
-
-def finished(out: Path) -> bool:
-    """Whether a search has ended with its gap."""
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return bool(lines) and json.loads(lines[-1]).get("gap") is not None
 
 
 def row(words: tuple[str, ...], gaps: list[dict[str, float]]) -> str:
@@ -74,7 +55,8 @@ def main() -> int:
         gaps = []
         for seed in range(options.seeds):
             print(f"{name}, seed {seed} ...", file=sys.stderr, flush=True)
-            gaps.append(search(words, seed, options.out / f"{name}-{seed}"))
+            found = search([*words, "--seed", str(seed)], options.out / f"{name}-{seed}")
+            gaps.append(found["gap"])
         lines.append(row(words, gaps))
     print("| search | supernet | pruned | new statistics | lost | lost with new statistics |")
     print("| --- | --- | --- | --- | --- | --- |")

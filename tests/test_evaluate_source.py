@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from fastnas.evaluate import EvaluateConfig, find_genotype, preset_config
+from fastnas.evaluate import PRESETS, EvaluateConfig, find_genotype, preset_config
 from fastnas.spaces.darts import GENOTYPES
 
 GENOTYPE = GENOTYPES["DARTS_V2"]
@@ -109,7 +109,7 @@ def test_folder_and_data_follow_from_the_source(tmp_path):
     assert (resolved.data, resolved.out) == ("cifar100:d", "x")
 
 
-@pytest.mark.parametrize("preset", ["demo", "cifar10", "imagenet"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_survive_json(preset):
     config = preset_config(preset, source="DARTS_V1")
     assert EvaluateConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -125,6 +125,14 @@ def test_presets_are_those_of_the_papers():
     assert (imagenet.C, imagenet.layers, imagenet.epochs, imagenet.batch_size) == (48, 14, 250, 128)
     assert (imagenet.lr, imagenet.schedule, imagenet.lr_decay) == (0.1, "exponential", 0.97)
     assert (imagenet.weight_decay, imagenet.label_smoothing, imagenet.drop_path) == (3e-5, 0.1, 0)
+    mobile = preset_config("proxyless")
+    assert (mobile.epochs, mobile.batch_size, mobile.lr, mobile.schedule) == (
+        *(300, 256, 0.05),
+        "cosine",
+    )
+    assert (mobile.lr_min, mobile.weight_decay, mobile.label_smoothing) == (0, 4e-5, 0.1)
+    assert (mobile.momentum, mobile.nesterov, mobile.norm_decay) == (0.9, True, False)
+    assert mobile.augment.color_jitter == (0.4, 0.4, 0.4, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +148,7 @@ def test_presets_are_those_of_the_papers():
         ({"seed": 2**63}, "seed: expected at least 0 and below 9223372036854775808"),
         ({"batch_size": 2**31}, "batch_size: expected at least 1 and below 2147483648"),
         ({"image_size": -3}, "image_size: expected at least 1, but got -3"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov: expected momentum above 0, but got 0"),
         ({"resume": True, "out": None}, "resume: expected a folder in out"),
     ],
 )
@@ -149,7 +158,9 @@ def test_values_out_of_range(fields, message):
 
 
 def test_unknown_preset_and_field():
-    with pytest.raises(ValueError, match="preset: expected one of demo, cifar10, imagenet"):
+    with pytest.raises(
+        ValueError, match="preset: expected one of demo, cifar10, imagenet, proxyless"
+    ):
         preset_config("cifar")
     with pytest.raises(TypeError, match="no field 'epoch'"):
         preset_config(epoch=3)

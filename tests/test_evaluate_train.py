@@ -98,6 +98,24 @@ def test_drop_path_rises_linearly_and_learning_rate_follows_the_cosine():
     assert [r["lr"] for r in history] == pytest.approx(cosine)
 
 
+@pytest.mark.parametrize("norm_decay", [True, False])
+def test_nesterov_and_decay_of_norms(norm_decay):
+    """The first step is (1 + momentum) times gradient and decay."""
+    fields = {"weight_decay": 0.5, "nesterov": True, "grad_clip": 0.0, "lr": 0.1}
+    run = evaluation(norm_decay=norm_decay, auxiliary=False, **fields)
+    before = {name: p.detach().clone() for name, p in run.network.named_parameters()}
+    x, y = next(run._batches.iterate(0))
+    run.network.train()
+    run._train_step(x, y)
+    bare = [m for m in run.network.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
+    bare = {} if norm_decay else {p for m in bare for p in m.parameters()}
+    assert norm_decay or 0 < len(bare) < len(before)
+    for name, p in run.network.named_parameters():
+        decay = 0.0 if p in bare else 0.5
+        expected = before[name] - 0.1 * 1.9 * (p.grad + decay * before[name])
+        torch.testing.assert_close(p.detach(), expected, msg=name)
+
+
 def test_loss_is_smoothed_and_takes_in_the_auxiliary_head(monkeypatch):
     """One batch, one step: the gradient is that of the recipe's formula."""
     run = evaluation(label_smoothing=0.1, auxiliary_weight=0.4, grad_clip=0.0, drop_path=0.0)

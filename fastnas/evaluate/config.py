@@ -64,8 +64,12 @@ class EvaluateConfig:
     """Factor of the exponential schedule, per epoch."""
     momentum: float = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of it."""
     weight_decay: float = 3e-4
     """L2 factor of the weights."""
+    norm_decay: bool = True
+    """Weight decay also of BatchNorm's weights and biases."""
     grad_clip: float = 5.0
     """Largest gradient norm; 0 for no limit."""
 
@@ -110,6 +114,8 @@ class EvaluateConfig:
             check_range("image_size", self.image_size, 1)
         if not 0 <= self.lr_decay <= 1:
             raise ValueError(f"lr_decay: expected from 0 to 1, but got {self.lr_decay}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: expected momentum above 0, but got 0")
         if self.resume and self.out is None:
             raise ValueError("resume: expected a folder in out, but got none")
 
@@ -204,6 +210,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "augment": Augment.imagenet(),
     },
+    # The retraining of ProxylessNAS, by its released script for one machine.
+    "proxyless": {
+        "data": "folder:data/imagenet",
+        "image_size": 224,
+        "epochs": 300,
+        "batch_size": 256,
+        "lr": 0.05,
+        "nesterov": True,
+        "weight_decay": 4e-5,
+        "norm_decay": False,
+        "grad_clip": 0.0,
+        "label_smoothing": 0.1,
+        "augment": Augment(resized_crop=0.08, flip=True, color_jitter=(0.4, 0.4, 0.4, 0.1)),
+    },
 }
 """Fields of each preset that differ from the defaults, which are those of ``demo``."""
 
@@ -212,7 +232,8 @@ def preset_config(preset: str = "demo", **fields: Any) -> EvaluateConfig:
     """The configuration of a preset.
 
     Args:
-        preset: ``demo`` (minutes on a CPU, the images in the package), ``cifar10`` or ``imagenet``.
+        preset: ``demo`` (minutes on a CPU, the images in the package), ``cifar10``, ``imagenet``,
+            or ``proxyless`` (ImageNet as ProxylessNAS trains).
         fields: fields of :class:`EvaluateConfig` that differ from the preset.
 
     Raises:

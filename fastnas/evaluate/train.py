@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastnas.data import Data, load
 from fastnas.evaluate.config import RUNTIME_FIELDS, EvaluateConfig
+from fastnas.evaluate.optimizer import network_sgd
 from fastnas.evaluate.progress import Progress, StepReport, TextProgress
 from fastnas.evaluate.result import (
     NETWORK_KIND,
@@ -29,7 +30,7 @@ from fastnas.evaluate.result import (
 )
 from fastnas.evaluate.source import GenotypeSource, find_genotype, space_of
 from fastnas.methods import Outcome
-from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_state, set_rate, sgd
+from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_state, set_rate
 from fastnas.search.assembly import lay_out, noise_batch
 from fastnas.search.checkpoint import RandomState, save_checkpoint
 from fastnas.search.files import write_json, write_text
@@ -137,9 +138,7 @@ class Evaluation(Resumable):
         self.network.to(self.device)
         lay_out(self.network, memory_layout(c.memory_format, self.device))
         self._parameters = list(self.network.parameters())
-        self.optimizer = sgd(
-            self._parameters, c.lr, momentum=c.momentum, weight_decay=c.weight_decay
-        )
+        self.optimizer = network_sgd(self.network, c)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
         self._criterion = nn.CrossEntropyLoss(label_smoothing=c.label_smoothing)
 

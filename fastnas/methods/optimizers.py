@@ -35,16 +35,23 @@ def sgd(
     momentum: float,
     weight_decay: float,
     nesterov: bool = False,
+    undecayed: Iterable[Tensor] = (),
 ) -> torch.optim.SGD:
-    """SGD for the weights of a network, which are on their device already."""
-    given = list(parameters)
+    """SGD for the weights of a network, which are on their device already.
+
+    ``undecayed`` are parameters like the others, but without weight decay.
+    """
+    given, others = list(parameters), list(undecayed)
+    groups: list[dict[str, Any]] = [{"params": given}]
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
     optimizer = torch.optim.SGD(
-        given,
+        groups,
         lr,
         momentum=momentum,
         weight_decay=weight_decay,
         nesterov=nesterov,
-        fused=_have_type(given, "cpu", "cuda") or None,
+        fused=_have_type([*given, *others], "cpu", "cuda") or None,
     )
     _begin_momentum(optimizer)
     return _on_device(optimizer)
