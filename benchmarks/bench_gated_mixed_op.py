@@ -72,10 +72,6 @@ def build(implementation: str, setting: Setting, n: int) -> Call:
     return Call(function, (x, alpha), (x, alpha), tuple(op.parameters()))
 
 
-def check(implementation: str, setting: Setting, y, n: int) -> None:
-    assert y.shape == setting.shape and y.isfinite().all()
-
-
 CASES = [
     Case(
         "gated_mixed_op",
@@ -84,7 +80,7 @@ CASES = [
         modes=(BOTH,),
         stock=("DARTS sum",),
         compiled=False,
-        check=functools.partial(check, n=n),
+        others=("DARTS sum",),
         note=f"{n} candidates",
     )
     for n in SIZES
