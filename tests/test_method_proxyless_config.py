@@ -54,6 +54,15 @@ def test_two_cosines_by_iterations():
         ({"target": "speed=3"}, "target: expected macs=300M"),
         ({"target": "latency=3ms"}, "latency_table: expected a table with a target of latency"),
         ({"latency_table": "t.json"}, "latency_table: expected a target as well"),
+        ({"target_loss": "linear"}, "target_loss: expected a target as well, but got none"),
+        ({"target_rate": 0.1}, "target_rate: expected a target as well"),
+        ({"foreign_table": True}, "foreign_table: expected a target as well"),
+        ({"target": "macs=1M", "foreign_table": True}, "foreign_table: expected a target of lat"),
+        (
+            {"target": "macs=1M", "target_loss": "linear", "target_rate": 0.1},
+            "target_rate: expected it with the loss 'constraint' alone",
+        ),
+        ({"target": "macs=1M", "target_loss": "linear"}, None),
         (
             {"target": "macs=1M", "latency_table": "t.json"},
             "latency_table: expected a table with a target of latency, and with no other",

@@ -18,13 +18,14 @@ import torch
 import tyro
 
 from fastnas.data import DEFAULT, Augment
-from fastnas.methods import METHODS, MethodOptions, Target
+from fastnas.methods import METHODS, MethodOptions
 from fastnas.methods.graphs import Graphs
 from fastnas.methods.target import Form
 from fastnas.nn.recompute import Memory
 from fastnas.search.early_stop import FIRST_EPOCH, LEAST_MEASUREMENTS
 from fastnas.search.fields import SEEDS, check_range, from_dict, to_dict
 from fastnas.search.runtime import resolve_device
+from fastnas.search.target import check_target
 from fastnas.spaces import SPACES, SpaceOptions, get_space
 
 
@@ -191,7 +192,7 @@ class SearchConfig:
             )
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov: expected momentum above 0, but got 0")
-        self._check_target()
+        check_target(self)
         method_class(self.method).check(self)
         self._check_hessian()
         if self.resume and self.out is None:
@@ -229,22 +230,6 @@ class SearchConfig:
                 f"method: {self.method!r} needs a space with {', '.join(sorted(missing))} "
                 f"({', '.join(fit)}), but got {self.space!r}"
             )
-
-    def _check_target(self) -> None:
-        if self.target is None:
-            for name in ("target_weight", "latency_table"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: expected a target as well, but got none")
-            return
-        target = Target.parse(self.target)
-        if (target.name == "latency") != (self.latency_table is not None):
-            raise ValueError(
-                "latency_table: expected a table with a target of latency, and with no other "
-                "(fastnas latency measure makes one), "
-                f"but got {self.latency_table!r} with the target {self.target!r}"
-            )
-        for name in ("target_weight", "target_rate"):
-            check_range(name, getattr(self, name) or 0.0, 0)
 
     @property
     def hessian_interval(self) -> int:
