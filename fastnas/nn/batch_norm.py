@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as _module
 
 from fastnas.nn.candidates import DilConv, FactorizedReduce, ReLUConvBN, SepConv, Zero
+from fastnas.nn.halves import TwoHalves
 from fastnas.nn.source import Layer, Recipe, make_recipe
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "Form",
     "Route",
     "Tail",
-    "TwoHalves",
     "find_tail",
     "has_global_hook",
     "hook_tables",
@@ -152,27 +151,6 @@ def _is_batch_norm(module: object) -> bool:
 
 def _is_plain_sequence(module: nn.Sequential) -> bool:
     return type(module).forward is nn.Sequential.forward and len(module) > 0
-
-
-class TwoHalves:
-    """What enters the BatchNorm of a factorized reduce, from the rectified state.
-
-    Two strided convolutions, the second of the image shifted by one pixel.
-    """
-
-    def __init__(self, module: Any) -> None:
-        """Take the factorized reduce; what it holds is read at every call."""
-        self.module = module
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map ``(N, C, H, W)`` to ``(N, C', H / 2, W / 2)``."""
-        if x.shape[2] % 2 or x.shape[3] % 2:
-            raise ValueError(
-                "FactorizedReduce: height and width must be even, got "
-                f"{x.shape[2]}x{x.shape[3]}; pad or resize the images"
-            )
-        module = self.module
-        return torch.cat([module.conv_1(x), module.conv_2(x[:, :, 1:, 1:])], dim=1)
 
 
 def _follows_protocol(cls: type[nn.Module]) -> bool:

@@ -140,15 +140,14 @@ def run_nodes(
     return states
 
 
-def run_alone(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)`` with ``memory="low"``, where ``module`` ends in a BatchNorm."""
+def run_alone(module: nn.Module, x: Tensor, memory: Memory = "default") -> Tensor:
+    """``module(x)``, by the ways that its layers have in a cell where it ends in a BatchNorm."""
     route = make_route(module).audible()
-    if route.norm is None or not Recompute.is_possible():
+    if route.norm is None:
         return module(x)
-    again = Recompute()
-    for layer in route.layers:
-        x = again.run(layer, x)
-    return route.norm(x)
+    run = Recompute().run if memory == "low" and Recompute.is_possible() else call
+    ((y,),) = evaluate_source(x, [[route.recipe]], run)
+    return route.norm(y)
 
 
 def node_starts(inputs: int, count: int) -> list[int]:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnas import ops
-from fastnas.nn.batch_norm import TwoHalves, has_global_hook, hook_tables
+from fastnas.nn.batch_norm import has_global_hook, hook_tables
+from fastnas.nn.halves import SharedHalves, TwoHalves, picked_pixels
 from fastnas.nn.pool import AVERAGE_POOLS
 from fastnas.nn.source import Layer, NormConvolution, SharedConvolutions
 
@@ -54,6 +55,10 @@ def repeat_of(layer: Layer) -> Repeat | None:
     if isinstance(layer, SharedConvolutions):
         again = partial(_convolutions, layer.dilations, layer.stride)
         return Repeat(again, (*layer.weights, *layer.mixing), selects=True)
+    if isinstance(layer, SharedHalves):
+        return Repeat(layer.product, tuple(layer.weights))
+    if layer is picked_pixels:
+        return Repeat(layer, cheap=True)
     if isinstance(layer, Packed):
         return Repeat(layer, cheap=True)
     if isinstance(layer, NormConvolution):
@@ -64,7 +69,7 @@ def repeat_of(layer: Layer) -> Repeat | None:
         last = None if mixing is None else mixing.weight
         return Repeat(again, (conv.weight, last, norm.weight, norm.bias))
     if isinstance(layer, TwoHalves):
-        convs = (layer.module.conv_1, layer.module.conv_2)
+        convs = layer.convs
         if not all(isinstance(conv, nn.Conv2d) for conv in convs):
             return None
         halves = [half for half in map(repeat_of, convs) if half is not None]

@@ -3,7 +3,8 @@
 
 A state of a cell is read by every edge that leaves it, and by every candidate of each. The
 convolutions among them, separable or only depthwise, with the ReLU in front, are one fused call,
-and pools that are set alike are one tensor. Everything else is called as it stands.
+pools that are set alike are one tensor, and factorized reduces share the pixels they pick and one
+product of matrices. Everything else is called as it stands.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastnas import ops
+from fastnas.nn.halves import SharedHalves, TwoHalves, picked_pixels
 from fastnas.nn.pool import AVERAGE_POOLS
-from fastnas.ops._common import MAX_CANDIDATES
+from fastnas.ops._common import MAX_CANDIDATES, memory_format
 
 __all__ = ["Recipe", "evaluate_source", "make_recipe"]
 
@@ -31,6 +33,8 @@ class Recipe(NamedTuple):
     depthwise: nn.Conv2d | None = None
     #: The one behind it where it is pointwise, which is part of the shared call.
     pointwise: nn.Conv2d | None = None
+    #: The convolutions of a factorized reduce behind a leading ReLU.
+    halves: TwoHalves | None = None
     #: Candidates with equal keys return the same tensor.
     key: Hashable = None
     #: What follows the shared call, as few calls as possible.
@@ -44,7 +48,11 @@ def make_recipe(layers: Sequence[Layer]) -> Recipe:
     layers = tuple(layers)
     if len(layers) == 1 and (key := _pool_key(layers[0])) is not None:
         return Recipe(layers, key=key, bypassed=_modules(layers))
-    if len(layers) < 2 or not (_is_relu(layers[0]) and _is_depthwise(layers[1])):
+    if len(layers) < 2 or not _is_relu(layers[0]):
+        return Recipe(layers)
+    if len(layers) == 2 and isinstance(halves := layers[1], TwoHalves) and halves.is_plain():
+        return Recipe(layers, halves=halves, bypassed=(*_modules(layers), *halves.convs))
+    if not _is_depthwise(layers[1]):
         return Recipe(layers)
     taken = 3 if _is_pointwise(layers[2:3]) else 2
     bypassed, after, rest = _modules(layers[:taken]), [], layers[taken:]
@@ -57,7 +65,7 @@ def make_recipe(layers: Sequence[Layer]) -> Recipe:
             after.append(rest[0])  # type: ignore[arg-type]
             rest = rest[1:]
     pointwise = layers[2] if taken == 3 else None
-    return Recipe(layers, layers[1], pointwise, None, tuple(after), bypassed)  # type: ignore[arg-type]
+    return Recipe(layers, layers[1], pointwise, after=tuple(after), bypassed=bypassed)  # type: ignore[arg-type]
 
 
 def _modules(layers: Sequence[Layer]) -> tuple[nn.Module, ...]:
@@ -85,6 +93,7 @@ def evaluate_source(
         For each edge what its candidates return, in their order; some may be the same tensor.
     """
     convolved = _convolve(x, edges, run) if _fuses_depthwise(x) else {}
+    convolved.update(_halve(x, edges, run))
     shared: dict[Hashable, Tensor] = {}
     results = []
     for recipes in edges:
@@ -127,6 +136,29 @@ def _convolve(
             part = group[start : start + MAX_CANDIDATES]
             ys = run(SharedConvolutions(part), x)
             outputs.update((id(recipe), y) for recipe, y in zip(part, ys, strict=True))
+    return outputs
+
+
+def _halve(
+    x: Tensor,
+    edges: Sequence[Sequence[Recipe]],
+    run: Callable[[Callable[[Tensor], Any], Tensor], Any],
+) -> dict[int, Tensor]:
+    """What enters the BatchNorms of the factorized reduces, by identity of the recipe."""
+    groups: dict[tuple[int, int], list[tuple[int, TwoHalves]]] = {}
+    for recipes in edges:
+        for recipe in recipes:
+            if (halves := recipe.halves) is not None:
+                conv = halves.convs[0]
+                key = conv.in_channels, conv.out_channels
+                groups.setdefault(key, []).append((id(recipe), halves))
+    if not groups:
+        return {}
+    pixels = run(picked_pixels, x)
+    outputs: dict[int, Tensor] = {}
+    for group in groups.values():
+        ys = run(SharedHalves([halves for _, halves in group], memory_format(x)), pixels)
+        outputs.update((number, y) for (number, _), y in zip(group, ys, strict=True))
     return outputs
 
 

@@ -100,7 +100,7 @@ class Cell(nn.Module):
     def forward(self, s0: Tensor, s1: Tensor, weights: CellWeights | CellSelection) -> Tensor:
         """Map the outputs of the two cells before to ``(N, 4 C, H', W')``."""
         states = [
-            run_alone(layer, x) if self.memory == "low" else layer(x)
+            run_alone(layer, x, self.memory)
             for layer, x in ((self.preprocess0, s0), (self.preprocess1, s1))
         ]
         ops = [self._ops[number] for number in self._edge_ops]
