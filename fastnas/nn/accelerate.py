@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put our mixed ops into somebody else's supernet, where they are proved to compute the same.
+"""Put our mixed ops and nodes into somebody else's supernet, where they are proved to be the same.
 
 A mixed op is found by its shape: a module with a ``ModuleList`` called ``_ops`` and a
 ``forward(x, weights)``, with or without a partial-channel ``k`` and pool ``mp``. What its
-``forward`` computes is not guessed: each distinct form is proved once (``fastnas.nn.proof``).
+``forward`` computes is not guessed: each distinct form is proved once (``fastnas.nn.proof``). Then
+cells of such mixed ops are made to run node by node (``fastnas.nn.accelerate_cells``).
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from types import FunctionType
 import torch
 from torch import nn
 
+from fastnas.nn.accelerate_cells import NodeByNode, cell_obstacle, has_cell_shape, join, separate
 from fastnas.nn.mixed_op import MixedOp
-from fastnas.nn.proof import Verdict, form_of, judge
+from fastnas.nn.proof import CellJudge, Verdict, form_of, judge
+from fastnas.nn.proof.cells import mixed_ops
 from fastnas.nn.proof.reading import EVERY_MODULE_HAS, nested_codes, own_classes
 
 __all__ = ["Left", "Report", "Swapped", "accelerate", "restore"]
 
+CELL = "Cell"
 _ORIGINAL = "_original"
 _NAMES = ("x", "weights")
 # Attributes of a mixed op of ours that say nothing of the one it replaced.
@@ -37,13 +41,13 @@ _REPLACEABLE = frozenset(
 
 @dataclass(frozen=True)
 class Swapped:
-    """A mixed op that is ours now.
+    """A mixed op that is ours now, or a cell of these that runs node by node.
 
     Attributes:
         name: where it is in the model, e.g. ``cells.0._ops.3``.
-        kind: ``MixedOp`` or ``PartialMixedOp``.
+        kind: ``MixedOp``, ``PartialMixedOp`` or ``Cell``.
         fused: how many of its candidates end in a BatchNorm that is fused with the sum.
-        candidates: how many there are.
+        candidates: how many there are; in a cell, those of all its mixed ops.
         apart: how many of them have a BatchNorm, none of which is fused.
     """
 
@@ -56,7 +60,7 @@ class Swapped:
 
 @dataclass(frozen=True)
 class Left:
-    """A module of a mixed op's shape that stays as it was.
+    """A module of a mixed op's or a cell's shape that stays as it was.
 
     Attributes:
         name: where it is in the model.
@@ -74,7 +78,7 @@ class Report:
     """What ``accelerate`` did; ``str()`` of it is for people.
 
     Attributes:
-        swapped: the mixed ops that were replaced.
+        swapped: the mixed ops that were replaced, then the cells that run node by node.
         left: those that were not, with the reason.
     """
 
@@ -87,10 +91,13 @@ class Report:
                 "accelerate: found no mixed op to swap, that is, no module with a ModuleList "
                 "named `_ops` and a forward(x, weights) that is not one of ours already"
             )
-        lines = [f"accelerate: {len(self.swapped)} mixed ops swapped, {len(self.left)} left"]
+        cells = sum(s.kind == CELL for s in self.swapped)
+        what = f"{len(self.swapped) - cells} mixed ops" + (f" and {cells} cells" if cells else "")
+        lines = [f"accelerate: {what} swapped, {len(self.left)} left"]
         kinds = Counter((s.kind, s.fused, s.candidates, s.apart) for s in self.swapped)
         for (kind, fused, candidates, apart), count in kinds.items():
-            line = f"  {count} x {kind}: {fused} of {candidates} candidates with a fused BatchNorm"
+            whose = "candidates of its mixed ops" if kind == CELL else "candidates"
+            line = f"  {count} x {kind}: {fused} of {candidates} {whose} with a fused BatchNorm"
             if apart:
                 line += (
                     f"; {apart} keep theirs: it is found at the end of a Sequential, or of a "
@@ -107,8 +114,10 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, cells: bool = True) -> Report:
     """Replace the mixed ops of ``model`` by fused ones, in place, wherever that changes nothing.
+
+    Then its cells run node by node, which is faster than edge by edge, on the same condition.
 
     The replacement holds the very ``_ops`` of the original, so parameters, buffers, state-dict
     keys and optimizers built before stay as they are. A mixed op stays in place if its ``forward``
@@ -117,6 +126,15 @@ def accelerate(model: nn.Module) -> Report:
     gradients of input, weights and parameters, and buffers, in training and in evaluation, with
     weights of any sign and with zeros among them (a mixed op that skips candidates of weight zero
     is replaced by one that does).
+
+    A cell is a module with mixed ops in ``_ops``, one from each of two inputs and each node to
+    every later node, and a ``forward(s0, s1, weights)``, maybe with weights of edges after them,
+    that feeds the inputs to ``preprocess0`` and ``preprocess1``, adds up the edges of each node and
+    concatenates the last nodes. It stays the same object and has the same parts; only its class is
+    a subclass of the former one, of the same name. Whenever it is called in another way than was
+    proved (weights in a list, hooks on its mixed ops, settings that changed since), it takes the
+    ``forward`` that it had. It is left if it does more, if it has hooks, reads settings other than
+    its numbers of nodes, or draws random numbers, and if one of its mixed ops was left.
 
     The proof has two legs. In copies, in float64, both are run on random data and compared. And
     what the ``forward`` does beside calling its candidates is followed: it may multiply, add and
@@ -135,12 +153,14 @@ def accelerate(model: nn.Module) -> Report:
     * NaN and infinity in ``x``: they do not come out of ``none`` (see ``MixedOp``),
     * calls from outside the model's classes by other keywords than ``x`` and ``weights``,
     * ``isinstance`` with the class of the original, and Python references to it other than its
-      place in the tree: these keep the original, which works on the same parameters.
+      place in the tree: these keep the original, which works on the same parameters,
+    * the class of a cell where it is compared by identity: it is a subclass now.
 
     Accelerate before ``torch.compile``: what is compiled already is left.
 
     Args:
-        model: any module; mixed ops are looked for at every depth.
+        model: any module; mixed ops and cells are looked for at every depth.
+        cells: False leaves the cells as they are.
 
     Returns:
         What was swapped, and what was left and why.
@@ -171,18 +191,40 @@ def accelerate(model: nn.Module) -> Report:
             continue
         ours = _build(module, verdict)
         replacements[id(module)] = ours
-        routes = ours._plan.routes
-        fused = sum(route.norm is not None for route in routes)
-        apart = sum(route.norm is None and _normalises(route.candidate) for route in routes)
-        swapped.append(Swapped(name, type(ours).__name__, fused, len(ours._ops), apart))
+        swapped.append(Swapped(name, type(ours).__name__, *_count(ours)))
     for parent, child_name, child in _children(model):
         if id(child) in replacements:
             parent._modules[child_name] = replacements[id(child)]
+    if cells:
+        _join_cells(model, surroundings, swapped, left)
     return Report(tuple(swapped), tuple(left))
+
+
+def _join_cells(
+    model: nn.Module, surroundings: _Surroundings, swapped: list[Swapped], left: list[Left]
+) -> None:
+    """Let the cells of ``model`` run node by node, and tell of them in the lists."""
+    judge_cell = CellJudge()
+    for name, cell in list(model.named_modules()):
+        if not has_cell_shape(cell):
+            continue
+        reason = surroundings.compiled(cell) or cell_obstacle(cell)
+        if reason is not None:
+            left.append(Left(name, reason))
+            continue
+        verdict = judge_cell(cell)
+        if verdict.reason is not None:
+            left.append(Left(name, verdict.reason, verdict.difference))
+            continue
+        join(cell, verdict)
+        counts = [_count(edge) for edge in mixed_ops(cell)]
+        swapped.append(Swapped(name, CELL, *map(sum, zip(*counts, strict=True))))
 
 
 def restore(model: nn.Module) -> int:
     """Undo ``accelerate``: put the original mixed ops back, with the state they have now.
+
+    Cells take the ``forward`` that they had.
 
     What was given to a replacement since goes with it: hooks, settings, other candidates.
 
@@ -190,7 +232,7 @@ def restore(model: nn.Module) -> int:
         model: a model that went through ``accelerate``, or a copy of one.
 
     Returns:
-        How many mixed ops were put back; 0 for a model that was never accelerated.
+        How many mixed ops and cells were put back; 0 for a model that was never accelerated.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -205,7 +247,10 @@ def restore(model: nn.Module) -> int:
             restored[id(child)] = child
     for child in restored.values():
         _hand_over(child, vars(child)[_ORIGINAL])
-    return len(restored)
+    joined = [module for module in model.modules() if isinstance(module, NodeByNode)]
+    for cell in joined:
+        separate(cell)
+    return len(restored) + len(joined)
 
 
 def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -253,11 +298,17 @@ class _Surroundings:
         """What keeps ``module`` in place because of where it is; None if nothing does."""
         if module is self._model:
             return "it is the model itself, which has no parent to hold another"
-        if id(module) in self._compiled or vars(module).get("_compiled_call_impl") is not None:
-            return "it is compiled; accelerate a model before compiling it"
+        if (reason := self.compiled(module)) is not None:
+            return reason
         for ours, theirs in zip(_NAMES, _parameters(module), strict=False):
             if ours != theirs and theirs in self._keywords:
                 return f"its argument {theirs}, which ours calls {ours}, may be passed by that name"
+        return None
+
+    def compiled(self, module: nn.Module) -> str | None:
+        """What keeps ``module`` in place if it is compiled; None if it is not."""
+        if id(module) in self._compiled or vars(module).get("_compiled_call_impl") is not None:
+            return "it is compiled; accelerate a model before compiling it"
         return None
 
 
@@ -323,6 +374,14 @@ def _hand_over(ours: nn.Module, original: nn.Module) -> None:
     kept = {name: value for name, value in vars(ours).items() if name not in own}
     kept["_modules"] = {name: ours._modules[name] for name in original._modules}
     vars(original).update(kept)
+
+
+def _count(ours: MixedOp) -> tuple[int, int, int]:
+    """Candidates with a fused BatchNorm, all of them, and those whose BatchNorm is not fused."""
+    routes = ours._plan.routes
+    fused = sum(route.norm is not None for route in routes)
+    apart = sum(route.norm is None and _normalises(route.candidate) for route in routes)
+    return fused, len(routes), apart
 
 
 def _normalises(candidate: nn.Module) -> bool:

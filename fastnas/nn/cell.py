@@ -28,7 +28,7 @@ from fastnas.ops._common import MAX_CANDIDATES, memory_format
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-__all__ = ["joins_edges", "node_starts", "run_alone", "run_nodes"]
+__all__ = ["count_fits", "joins_edges", "node_starts", "run_alone", "run_nodes"]
 
 _HALVE = nn.MaxPool2d(2, 2)
 
@@ -138,6 +138,12 @@ def run_nodes(
         if node + 1 < len(starts):
             leave(inputs + node)
     return states
+
+
+def count_fits(inputs: int, edges: int) -> bool:
+    """Whether so many edges are one from every state to every later one."""
+    nodes = len(node_starts(inputs, edges))
+    return edges == inputs * nodes + nodes * (nodes - 1) // 2
 
 
 def run_alone(module: nn.Module, x: Tensor, memory: Memory = "default") -> Tensor:

@@ -13,9 +13,11 @@ Three parts, each for what the others cannot see:
   global variable, the gradient mode or a value kept for the next call.
 
 ``forms`` does the same for the candidates that are cut before their BatchNorm, and ``verdict`` puts
-the parts together.
+the parts together. ``cells`` and ``cell_formula`` prove by the same means what cells do with their
+mixed ops.
 """
 
+from fastnas.nn.proof.cells import CellJudge, CellVerdict
 from fastnas.nn.proof.verdict import Verdict, form_of, judge
 
-__all__ = ["Verdict", "form_of", "judge"]
+__all__ = ["CellJudge", "CellVerdict", "Verdict", "form_of", "judge"]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from fastnas.nn.batch_norm import hook_tables
 from fastnas.nn.proof.watch import Watch
 
-__all__ = ["Random", "Trial", "clean_copy", "first_difference", "is_same", "observe", "one_line"]
+__all__ = [
+    "Random",
+    "Trial",
+    "clean_copy",
+    "first_difference",
+    "is_same",
+    "observe",
+    "one_line",
+    "record",
+]
 
 _SEED = 20190501
 # Largest relative difference of two orders of summation; anything above is another formula.
@@ -70,19 +79,50 @@ def observe(
         TypeError: it returns something else than a tensor.
         RuntimeError: it writes to its input.
     """
-    random.seed()
-    op.train(trial.training)
-    x = trial.x.clone().requires_grad_()
     # A row of a matrix, as a supernet has them.
-    weights = torch.stack([trial.weights, trial.weights]).requires_grad_()
-    row = weights[1]
-    watching: AbstractContextManager[None] = nullcontext() if watch is None else watch.run(row)
+    given = {"x": trial.x, "the weights": torch.stack([trial.weights, trial.weights])}
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+    x, row = leaves["x"], leaves["the weights"][1]
+    op.train(trial.training)
+    return {
+        f"{what} ({trial.name})": value
+        for what, value in record(op, given, leaves, lambda: op(x, row), random, watch, row).items()
+    }
+
+
+def record(
+    module: nn.Module,
+    given: Mapping[str, Tensor],
+    leaves: Mapping[str, Tensor],
+    call: Callable[[], Tensor],
+    random: Random,
+    watch: Watch | None = None,
+    weights: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """What a step takes from one call: output, all gradients, and the buffers afterwards.
+
+    Args:
+        module: whose parameters and buffers belong to it.
+        given: what it is called with, by name.
+        leaves: copies of these that ask for gradients; ``call`` reads them.
+        call: runs ``module``.
+        random: the source of the output's gradient.
+        watch: notes what runs meanwhile.
+        weights: what a watched ``call`` may ask for zeros.
+
+    Raises:
+        Exception: whatever ``call`` raises.
+        TypeError: it returns something else than a tensor.
+        RuntimeError: it writes to its input.
+    """
+    random.seed()
+    watching: AbstractContextManager[None] = nullcontext() if watch is None else watch.run(weights)
     with watching:
-        y = op(x, row)
+        y = call()
     if not isinstance(y, Tensor):
         raise TypeError(f"it returns {type(y).__name__}, not a tensor")
     seen = {"the output": y.detach().clone()}
-    named = {"x": x, "the weights": weights, **dict(op.named_parameters())}
+    named = {**leaves, **dict(module.named_parameters())}
     grads: tuple[Tensor | None, ...] = (None,) * len(named)
     if y.requires_grad:
         random.seed()
@@ -90,11 +130,11 @@ def observe(
         grads = torch.autograd.grad(y, list(named.values()), grad, allow_unused=True)
     for (name, tensor), g in zip(named.items(), grads, strict=True):
         seen[f"the gradient of {name}"] = torch.zeros_like(tensor) if g is None else g
-    for name, buffer in op.named_buffers():
+    for name, buffer in module.named_buffers():
         seen[f"the buffer {name}"] = buffer.clone()
-    if not (torch.equal(x, trial.x) and torch.equal(row, trial.weights)):
+    if not all(torch.equal(leaves[name], tensor) for name, tensor in given.items()):
         raise RuntimeError("it writes to its input")
-    return {f"{what} ({trial.name})": value for what, value in seen.items()}
+    return seen
 
 
 def first_difference(

@@ -26,13 +26,15 @@ from fastnas.nn.proof.observation import (
 from fastnas.nn.proof.reading import EVERY_MODULE_HAS, Reading, read
 from fastnas.nn.proof.stand_ins import fault_around_candidates
 
-__all__ = ["Verdict", "form_of", "judge"]
+__all__ = ["Verdict", "channels_of", "device_of", "dtypes_of", "form_of", "judge", "plain_mode"]
 
 # Settings of the published mixed ops that are fixed when the edge is built.
 _FIXED = frozenset({"_ops", "mp", "k", "training", "stride", "C"})
 # Not square: an op that confuses height with width shows itself.
 _BATCH, _HEIGHT, _WIDTH = 3, 8, 6
 _LARGEST_K = 64
+# What each mixed op of ours has for itself: it follows from the rest, or is the one it replaced.
+_PER_INSTANCE = frozenset(("_plan", "_forms", "_original"))
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,12 @@ def form_of(module: nn.Module) -> object:
 
 
 def _settings(module: nn.Module) -> Iterator[tuple[str, str]]:
+    ours = isinstance(module, MixedOp)
     for name, value in vars(module).items():
-        if name not in EVERY_MODULE_HAS:
+        if ours and name in _PER_INSTANCE:
+            if name == "_forms":
+                yield name, str(sorted((id(cls), form) for cls, form in value.items()))
+        elif name not in EVERY_MODULE_HAS:
             plain = isinstance(value, (bool, int, float, str, tuple, type(None)))
             yield name, repr(value) if plain else str(id(value))
 
@@ -95,20 +101,20 @@ def judge(module: nn.Module) -> Verdict:
     settings = sorted(reading.settings - _FIXED)
     if settings:
         return Verdict(f"its forward reads settings that may change: {', '.join(settings)}")
-    channels = _channels(_candidates(module))
+    channels = channels_of(_candidates(module))
     if channels is None:
         return Verdict("no Conv2d or BatchNorm2d among its candidates says what x is")
-    device = next((t.device for t in _tensors(module)), torch.device("cpu"))
+    device = device_of(module)
     if device.type == "meta":
         return Verdict("its parameters hold no numbers yet")
-    with _plain_mode(device):
+    with plain_mode(device):
         return _judge(module, reading, channels, device)
 
 
 def _judge(module: nn.Module, reading: Reading, channels: int, device: torch.device) -> Verdict:
     """Judge by the first kind of random data that ``module`` runs on."""
     verdict = Verdict("it has a pool `mp`, but no `k` that says what part is mixed")
-    for k, dtype in product(_parts(module, reading), _dtypes(module)):
+    for k, dtype in product(_parts(module, reading), dtypes_of(module)):
         try:
             theirs = clean_copy(module, dtype)
         except Exception as error:  # somebody else's code may raise anything
@@ -135,14 +141,14 @@ def _parts(module: nn.Module, reading: Reading) -> Sequence[int | None]:
     return sorted(number for number in reading.numbers if 1 < number <= _LARGEST_K)
 
 
-def _dtypes(module: nn.Module) -> Sequence[torch.dtype]:
+def dtypes_of(module: nn.Module) -> Sequence[torch.dtype]:
     """Double precision, then the module's own in case its candidates know no other."""
     dtypes = {t.dtype for t in _tensors(module) if t.is_floating_point()}
     return [torch.float64] if len(dtypes) != 1 else list(dict.fromkeys([torch.float64, *dtypes]))
 
 
 @contextmanager
-def _plain_mode(device: torch.device) -> Iterator[None]:
+def plain_mode(device: torch.device) -> Iterator[None]:
     """The modes that a proof runs in, whatever the caller's are; random generators are put back."""
     with ExitStack() as modes:
         modes.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
@@ -150,6 +156,11 @@ def _plain_mode(device: torch.device) -> Iterator[None]:
         if torch.amp.is_autocast_available(device.type):
             modes.enter_context(torch.autocast(device.type, enabled=False))
         yield
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where ``module`` is."""
+    return next((t.device for t in _tensors(module)), torch.device("cpu"))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -162,9 +173,9 @@ def _candidates(module: nn.Module) -> nn.ModuleList:
     return candidates
 
 
-def _channels(candidates: nn.ModuleList) -> int | None:
-    """How many channels the candidates expect, read off a convolution or a BatchNorm."""
-    parts = list(candidates.modules())
+def channels_of(module: nn.Module) -> int | None:
+    """How many channels ``module`` expects, read off a convolution or a BatchNorm inside."""
+    parts = list(module.modules())
     for part in parts:
         if isinstance(part, nn.Conv2d):
             return part.in_channels

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether somebody's cell may run node by node, once its mixed ops are ours.
+
+That edges one by one and nodes as a whole compute the same is known of our own mixed ops
+(``fastnas.nn.cell``). What has to be proved is that the ``forward`` of the cell does with its edges
+what DARTS does, and nothing more: so it runs on random maps in the place of its parts, watched,
+beside that formula (``cell_formula``); and in each mode with its real parts, beside ``run_cell``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from fastnas.nn.batch_norm import has_global_hook
+from fastnas.nn.cell import node_starts, run_nodes
+from fastnas.nn.mixed_op import MixedOp
+from fastnas.nn.proof.cell_formula import (
+    INPUTS,
+    Fault,
+    Shapes,
+    Way,
+    differs,
+    fault_around_parts,
+    narrow,
+    observe_cell,
+)
+from fastnas.nn.proof.observation import Random, clean_copy, first_difference, one_line
+from fastnas.nn.proof.reading import Reading, read
+from fastnas.nn.proof.verdict import channels_of, device_of, dtypes_of, form_of, plain_mode
+
+__all__ = ["CellJudge", "CellVerdict", "Joined", "mixed_ops", "run_cell"]
+
+# Settings of the published cells that are fixed when the cell is built.
+_FIXED = ("_steps", "_multiplier", "steps", "multiplier", "reduction")
+_READ = frozenset(("_ops", "preprocess0", "preprocess1", "training", *_FIXED))
+# Not square, as for mixed ops, and small: a cell has all candidates of all its edges.
+_BATCH, _HEIGHT, _WIDTH = 2, 8, 4
+_RANDOM = "it draws random numbers, which would come in another order"
+
+
+class Joined(NamedTuple):
+    """What was proved of a cell."""
+
+    #: How many mixed ops it has.
+    edges: int
+    #: Its output is the concatenation of so many of its last states.
+    last: int
+    #: The names of its arguments: inputs, weights and, if there is a fourth, those of edges.
+    arguments: tuple[str, ...]
+    #: Whether the fourth may be None or left out, which then stands for ones.
+    optional: bool
+    #: What its forward reads that is fixed when it is built, and should stay so.
+    settings: tuple[tuple[str, object], ...]
+
+
+@dataclass(frozen=True)
+class CellVerdict:
+    """Whether, and how, a form of cell may run node by node.
+
+    Attributes:
+        reason: why it may not; None if it may.
+        difference: the relative difference of what is named, when that is the reason.
+        joined: what was proved; None where there is a reason.
+    """
+
+    reason: str | None = None
+    difference: float | None = None
+    joined: Joined | None = None
+
+
+def mixed_ops(cell: nn.Module) -> list[MixedOp]:
+    """The edges of a cell whose mixed ops are ours."""
+    return list(cell._ops)  # type: ignore[arg-type]  # a ModuleList of them
+
+
+def run_cell(
+    cell: nn.Module,
+    s0: Tensor,
+    s1: Tensor,
+    weights: Tensor,
+    edge_weights: Tensor | None,
+    last: int,
+) -> Tensor:
+    """The ``forward`` of a DARTS cell whose mixed ops are ours, node by node.
+
+    Args:
+        cell: has ``preprocess0``, ``preprocess1``, and in ``_ops`` mixed ops that ``joins_edges``.
+        s0: what ``preprocess0`` takes, ``(N, C0, H, W)``.
+        s1: what ``preprocess1`` takes, ``(N, C1, H', W')``.
+        weights: ``[E, K]``.
+        edge_weights: ``[E]``; None for ones.
+        last: how many of the last states are concatenated.
+    """
+    states = [cell.preprocess0(s0), cell.preprocess1(s1)]  # type: ignore[operator]  # modules
+    if edge_weights is not None:
+        # Edge by edge the two are never multiplied with each other, in whatever dtype they have.
+        dtype = torch.promote_types(weights.dtype, states[0].dtype)
+        weights, edge_weights = weights.to(dtype), edge_weights.to(dtype)
+    return torch.cat(run_nodes(states, mixed_ops(cell), weights, edge_weights)[-last:], 1)
+
+
+class CellJudge:
+    """Judges cells, each distinct form and what is around the parts of it once."""
+
+    def __init__(self) -> None:
+        self._verdicts: dict[object, CellVerdict] = {}
+        self._faults: dict[Hashable, Fault | None] = {}
+
+    def __call__(self, cell: nn.Module) -> CellVerdict:
+        """Compare ``cell``, whose mixed ops are ours, with ``run_cell``, in copies of both."""
+        form = form_of(cell)
+        if form not in self._verdicts:
+            self._verdicts[form] = self._judge(cell)
+        return self._verdicts[form]
+
+    def _judge(self, cell: nn.Module) -> CellVerdict:
+        if has_global_hook():
+            return CellVerdict("hooks for every module are registered, which the nodes would skip")
+        reading = read(cell)
+        settings = sorted(reading.settings - _READ)
+        if settings:
+            return CellVerdict(f"its forward reads settings that may change: {', '.join(settings)}")
+        if reading.fault is not None:
+            return CellVerdict(reading.fault)
+        if any(isinstance(module, _DropoutNd) for module in cell.modules()):
+            return CellVerdict(_RANDOM)
+        device = device_of(cell)
+        if device.type == "meta":
+            return CellVerdict("its parameters hold no numbers yet")
+        with plain_mode(device):
+            return self._run(cell, reading, device)
+
+    def _run(self, cell: nn.Module, reading: Reading, device: torch.device) -> CellVerdict:
+        """Judge by the first kind of random data that ``cell`` runs on."""
+        verdict = CellVerdict("no Conv2d or BatchNorm2d says what preprocess0 and preprocess1 take")
+        for dtype in dtypes_of(cell):
+            try:
+                twin = clean_copy(cell, dtype)
+            except Exception as error:  # somebody else's code may raise anything
+                return CellVerdict(f"it cannot be copied for the proof: {one_line(error)}")
+            random = Random(device, dtype)
+            for scale in (1, 2):  # the first input may come from before a reduction cell
+                given = _make_inputs(cell, scale, random)
+                if given is None:
+                    return verdict
+                try:
+                    passage = _pass(twin, given, random)
+                except Exception as error:
+                    verdict = CellVerdict(f"it does not run on random data: {one_line(error)}")
+                    continue
+                return self._prove(_Subject(cell, twin, given, random, reading), passage)
+        return verdict
+
+    def _prove(self, subject: _Subject, passage: _Passage) -> CellVerdict:
+        cell, shapes = subject.cell, passage.shapes
+        if passage.draws:
+            return CellVerdict(_RANDOM)
+        idle = [name for name, _ in _parts(cell) if name not in shapes]
+        if idle:
+            return CellVerdict(f"its forward does not call {idle[0]}")
+        edges = mixed_ops(cell)
+        width = shapes[f"_ops.{len(edges) - 1}"][1][0]
+        last, rest = divmod(passage.channels, width)
+        if rest or not 0 < last <= INPUTS + len(node_starts(INPUTS, len(edges))):
+            return CellVerdict("its output is not the concatenation of its last states")
+        fault = self._around_parts(subject, shapes, last) or subject.fault_of_nodes(last)
+        if fault is not None:
+            return CellVerdict(*fault)
+        names = tuple(p.name for p in _arguments(cell))
+        joined = Joined(len(edges), last, names, subject.optional, subject.settings)
+        return CellVerdict(None, None, joined)
+
+    def _around_parts(self, subject: _Subject, shapes: Shapes, last: int) -> Fault | None:
+        cell, random, few = subject.cell, subject.random, narrow(shapes)
+        count, ways = len(mixed_ops(cell)[0]._ops), subject.ways
+        settings = tuple((name, repr(value)) for name, value in subject.settings)
+        kind = random.device, random.dtype
+        key = type(cell), settings, tuple(few.items()), count, last, ways, kind
+        if key not in self._faults:
+            self._faults[key] = fault_around_parts(
+                cell, few, count, last, ways, subject.reading, random
+            )
+        return self._faults[key]
+
+
+def _arguments(cell: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(cell.forward).parameters.values())
+
+
+def _parts(cell: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What a DARTS cell calls, in the order of its children."""
+    for name, part in cell.named_children():
+        if name in ("preprocess0", "preprocess1"):
+            yield name, part
+    for number, edge in enumerate(mixed_ops(cell)):
+        yield f"_ops.{number}", edge
+
+
+def _make_inputs(cell: nn.Module, scale: int, random: Random) -> dict[str, Tensor] | None:
+    """Arguments of a cell whose first input is ``scale`` times as high and wide as the second."""
+    given = {}
+    for name, part, size in (("s0", "preprocess0", scale), ("s1", "preprocess1", 1)):
+        channels = channels_of(cell.get_submodule(part))
+        if channels is None:
+            return None
+        given[name] = random.normal(_BATCH, channels, size * _HEIGHT, size * _WIDTH)
+    edges = mixed_ops(cell)
+    weights = random.normal(len(edges), len(edges[0]._ops))
+    weights[:, ::3] = 0
+    return {**given, "weights": weights, "edge weights": random.normal(len(edges))}
+
+
+class _Passage(NamedTuple):
+    """What was seen when a cell ran."""
+
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    channels: int
+    #: Whether it drew random numbers.
+    draws: bool
+
+
+def _pass(twin: nn.Module, given: Mapping[str, Tensor], random: Random) -> _Passage:
+    """Run ``twin``, a copy of a cell, which may raise whatever it raises."""
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(part: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+            shapes[name] = tuple(inputs[0].shape[1:]), tuple(y.shape[1:])
+
+        return hook
+
+    handles = [part.register_forward_hook(note(name)) for name, part in _parts(twin)]
+    arguments = [*given.values()][: max(len(_arguments(twin)), 3)]
+    random.seed()
+    before = _generator_state(random)
+    try:
+        with torch.no_grad():
+            y = twin.train()(*arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _Passage(shapes, y.shape[1], not torch.equal(before, _generator_state(random)))
+
+
+def _generator_state(random: Random) -> Tensor:
+    if random.device.type == "cuda":
+        return torch.cuda.get_rng_state(random.device)
+    return torch.get_rng_state()
+
+
+class _Subject:
+    """A cell that is judged, a copy of it, and what to run that on."""
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        twin: nn.Module,
+        given: dict[str, Tensor],
+        random: Random,
+        reading: Reading,
+    ) -> None:
+        self.cell, self.random, self.reading = cell, random, reading
+        self._twin, self._given = twin, given
+        parameters = _arguments(cell)
+        self.optional = len(parameters) > 3 and parameters[3].default is None
+        self.ways = tuple(self._find_ways(len(parameters)))
+        self.settings = tuple((n, getattr(cell, n)) for n in _FIXED if n in reading.settings)
+
+    def _find_ways(self, arguments: int) -> Iterator[Way]:
+        three = ("s0", "s1", "weights")
+        if arguments > 3:
+            yield Way("with weights of edges", (*three, "edge weights"))
+        if arguments == 3 or self.optional:
+            yield Way("", three)
+        if self.optional:
+            yield Way("with None for weights of edges", three, (None,))
+
+    def fault_of_nodes(self, last: int) -> Fault | None:
+        """Compare the cell with ``run_cell``, with its real parts."""
+        twin, given, random = self._twin, self._given, self.random
+
+        def nodes(
+            s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None = None
+        ) -> Tensor:
+            return run_cell(twin, s0, s1, weights, edge_weights, last)
+
+        for training, way in ((True, self.ways[0]), (False, self.ways[-1])):
+            before = [buffer.clone() for buffer in twin.buffers()]
+            expected = observe_cell(twin, twin, given, way, training, random)
+            for buffer, value in zip(twin.buffers(), before, strict=True):
+                buffer.copy_(value)
+            try:
+                found = observe_cell(twin, nodes, given, way, training, random)
+            except Exception as error:
+                return f"it does not run node by node: {one_line(error)}", None
+            difference = first_difference(found, expected, random.dtype)
+            if difference is not None:
+                return differs(difference, training, way.name)
+        return None
