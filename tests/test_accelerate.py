@@ -56,10 +56,13 @@ def test_a_whole_supernet(k):
     tensors = {name: t.data_ptr() for name, t in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     report = fastnas.accelerate(model)
-    assert len(report.swapped) == 42
+    edges, cells = report.swapped[:42], report.swapped[42:]
     assert not report.left
-    assert {s.kind for s in report.swapped} == {"MixedOp" if k == 1 else "PartialMixedOp"}
-    assert {(s.fused, s.candidates) for s in report.swapped} == {(6, 8), (7, 8)}
+    assert {s.kind for s in edges} == {"MixedOp" if k == 1 else "PartialMixedOp"}
+    assert {(s.fused, s.candidates) for s in edges} == {(6, 8), (7, 8)}
+    assert [(s.name, s.kind, s.candidates) for s in cells] == [
+        (f"cells.{number}", "Cell", 112) for number in range(3)
+    ]
     assert all(isinstance(op, MixedOp) for cell in model.cells for op in cell._ops)
     assert list(model.state_dict()) == keys
     assert {name: t.data_ptr() for name, t in model.state_dict().items()} == tensors
