@@ -159,6 +159,13 @@ def ignoring_its_fourth_argument(self, s0, s1, weights, weights2):
     return torch.cat(states_of(self, s0, s1, weights)[2:], 1)
 
 
+@refused("it computes something else: the output differs (training, random maps, batch of 1)")
+def doubled_without_weights_of_edges(self, s0, s1, weights, weights2=None):
+    if weights2 is not None:
+        return edges_may_have_weights(self, s0, s1, weights, weights2)
+    return torch.cat(states_of(self, s0, s1, weights, 2)[2:], 1)
+
+
 @refused("it computes something else: the gradient of weights differs")
 def detaching(self, s0, s1, weights):
     return torch.cat(states_of(self, s0, s1, weights.detach())[2:], 1)
