@@ -300,9 +300,10 @@ def test_the_proof_leaves_no_trace():
     before = copy.deepcopy(model.state_dict())
     flags = [(n, p.requires_grad) for n, p in model.named_parameters()]
     modes = [m.training for m in model.modules()]
-    rng = torch.get_rng_state()
+    rng, threads = torch.get_rng_state(), torch.get_num_threads()
     assert len(fastnas.accelerate(model).swapped) == 2
     assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.get_num_threads() == threads > 1
     assert not calls
     assert [(n, p.requires_grad) for n, p in model.named_parameters()] == flags
     assert [m.training for m in model.modules()] == modes

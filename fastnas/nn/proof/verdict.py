@@ -151,6 +151,10 @@ def dtypes_of(module: nn.Module) -> Sequence[torch.dtype]:
 def plain_mode(device: torch.device) -> Iterator[None]:
     """The modes that a proof runs in, whatever the caller's are; random generators are put back."""
     with ExitStack() as modes:
+        # Threads that wait for each other at every tiny tensor are slower than one, and where
+        # others share the cores, by far.
+        modes.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         modes.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         modes.enter_context(torch.inference_mode(False))  # which turns gradients on as well
         if torch.amp.is_autocast_available(device.type):
