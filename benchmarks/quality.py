@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good what the methods find is, against a benchmark that knows every architecture.
+
+    python benchmarks/quality.py --out runs/quality
+
+searches the 3-node cell of NAS-Bench-201 with every method and seeds 0 to 4, looks up what was
+found in ``benchmarks/results/tabular.json`` (``tabular.py`` makes it), and prints the table of
+``docs/quality.md``. Stopped, and started again with the same --out, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastnas.search.files import read_json, read_jsonl
+from fastnas.spaces.nasbench201 import Genotype
+
+RESULTS = Path(__file__).resolve().parent / "results" / "tabular.json"
+METHODS = ("darts", "pc_darts", "da2s", "entrannas", "entrannas_dst", "proxyless")
+#: The words that all searches have; the rest is the demo of space and method.
+WORDS = ("--space", "nasbench201", "--nodes", "3", "--no-gap", "--validate", "never")
+
+
+class Table:
+    """The benchmark: mean accuracies of all architectures, in percent."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        """Take the content of the file that ``tabular.py`` writes."""
+        self.means = {
+            cell: 100 * statistics.mean(row["accuracy"]) for cell, row in content["cells"].items()
+        }
+        self.best = max(self.means, key=self.means.__getitem__)
+        self.seeds = len(content["seeds"])
+
+    def percentile(self, cell: str) -> float:
+        """The share of the other architectures that are worse, in percent; equals count half."""
+        mine = self.means[cell]
+        others = [mean for other, mean in self.means.items() if other != cell]
+        worse = sum(mean < mine for mean in others) + 0.5 * sum(mean == mine for mean in others)
+        return 100 * worse / len(others)
+
+    def regret(self, cell: str) -> float:
+        """How many points of accuracy the best architecture is better."""
+        return self.means[self.best] - self.means[cell]
+
+    def row(self, name: str, cells: Sequence[str]) -> str:
+        """A line about architectures: means, the worst of them, and which they are."""
+        percentiles = [self.percentile(cell) for cell in cells]
+        regrets = [self.regret(cell) for cell in cells]
+        accuracy = statistics.mean(self.means[cell] for cell in cells)
+        return (
+            f"| {name} | {statistics.mean(percentiles):.1f} | {min(percentiles):.1f} | "
+            f"{statistics.mean(regrets):.2f} | {accuracy:.2f} | {counts(cells)} |"
+        )
+
+
+def counts(cells: Sequence[str]) -> str:
+    """How often each operation stands on an edge of these cells: ``nor_conv_3x3 9, none 1``."""
+    found = Counter(op for cell in cells for op in Genotype.parse(cell).ops)
+    return ", ".join(f"{op} {count}" for op, count in found.most_common())
+
+
+def search(method: str, seed: int, out: Path) -> str:
+    """The cell that a search finds; it is made or finished if it is not there."""
+    command = [sys.executable, "-m", "fastnas", "search"]
+    if (out / "config.json").exists():
+        command += ["--out", str(out), "--resume"]
+    else:
+        command += ["--method", method, *WORDS, "--seed", str(seed), "--out", str(out)]
+    if not finished(out):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return str(Genotype.load(out / "genotype.json"))
+
+
+def finished(out: Path) -> bool:
+    """Whether a search has done all its epochs."""
+    if not (out / "metrics.jsonl").exists():
+        return False
+    return len(read_jsonl(out / "metrics.jsonl")) == read_json(out / "config.json")["epochs"]
+
+
+def main() -> int:
+    """Search what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quality"), help="folder of the searches"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the benchmark")
+    parser.add_argument("--seeds", type=int, default=5, help="searches of each method")
+    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first of them")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error("--seeds: expected at least 1")
+    options.out.mkdir(parents=True, exist_ok=True)
+    table = Table(read_json(options.results))
+    lines = []
+    for method in options.methods:
+        cells = []
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
+            cells.append(search(method, seed, options.out / f"{method}-{seed}"))
+            print(
+                f"{method}, seed {seed}: {cells[-1]}, percentile "
+                f"{table.percentile(cells[-1]):.1f}",
+                file=sys.stderr,
+                flush=True,
+            )
+        lines.append(table.row(f"`{method}`", cells))
+    print(
+        "| method | percentile | the worst | regret | accuracy | operations found |\n"
+        "| --- | --- | --- | --- | --- | --- |"
+    )
+    print("\n".join(lines))
+    print(table.row("random choice, expected", list(table.means)))
+    print(table.row("the best", [table.best]))
+    print(f"\nThe best is `{table.best}`; accuracies are means over {table.seeds} trainings.")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
