@@ -107,8 +107,7 @@ def main() -> int:
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             cells.append(search(method, seed, options.out / f"{method}-{seed}"))
             print(
-                f"{method}, seed {seed}: {cells[-1]}, percentile "
-                f"{table.percentile(cells[-1]):.1f}",
+                f"{method}, seed {seed}: {cells[-1]}, percentile {table.percentile(cells[-1]):.1f}",
                 file=sys.stderr,
                 flush=True,
             )

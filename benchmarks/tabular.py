@@ -12,7 +12,6 @@ half an hour on two cores that do nothing else.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import multiprocessing
 import signal

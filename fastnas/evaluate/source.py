@@ -45,8 +45,8 @@ def find_genotype(source: str | os.PathLike[str], own: str | None = None) -> Gen
 
     Args:
         source: a published name (``PC_DARTS_cifar``), a cell as NAS-Bench-201 writes it
-            (``|skip_connect~0|+|...|``), the folder of a search, or a file: JSON as a search, or the
-            released code of ProxylessNAS, writes it, or text, such a cell or with one
+            (``|skip_connect~0|+|...|``), the folder of a search, or a file: JSON as a search, or
+            the released code of ProxylessNAS, writes it, or text: such a cell, or with one
             ``Genotype(...)`` in it, as DARTS prints it. A file or folder that has the name of a
             published architecture is reached as ``./NAME``.
         own: folder of an evaluation that goes on; it has its own copy of the architecture, should

@@ -308,7 +308,7 @@ def _conv_7x1_1x7(C: int, stride: int, affine: bool) -> nn.Module:
     )
 
 
-# Those of NAS-Bench-201 (Dong and Yang, ICLR 2020): their convolutions have a bias exactly where the
+# Those of NAS-Bench-201 (Dong and Yang, ICLR 2020): convolutions with a bias exactly where the
 # BatchNorm has no shift of its own, which is in search.
 @register_candidate("nor_conv_1x1")
 def _nor_conv_1x1(C: int, stride: int, affine: bool) -> nn.Module:

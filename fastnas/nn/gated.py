@@ -95,9 +95,7 @@ class GatedMixedOp(nn.Module):
         return mixed_sum([op(x) for op, _ in kept], [w for _, w in kept])
 
 
-def run_gate(
-    candidates: nn.ModuleList, x: Tensor, gate: Gate, residual: bool = False
-) -> Tensor:
+def run_gate(candidates: nn.ModuleList, x: Tensor, gate: Gate, residual: bool = False) -> Tensor:
     """Run the active candidate of a mixed op, whatever module holds the candidates.
 
     Arguments, result and errors as of ``GatedMixedOp.forward``.

@@ -79,7 +79,7 @@ class Genotype:
         Raises:
             ValueError: so many edges that no cell has, or an unknown operation.
         """
-        rest, nodes = list(ops), []
+        rest, nodes = list(ops), list[tuple[str, ...]]()
         while rest:
             count = len(nodes) + 1
             nodes.append(tuple(rest[:count]))
@@ -204,9 +204,7 @@ def check_nodes(nodes: int) -> None:
     """Raise a ValueError unless a cell may have so many nodes."""
     check_positive(nodes=nodes)
     if not 2 <= nodes <= _MAX_NODES:
-        raise ValueError(
-            f"nodes must be from 2 (input and output) to {_MAX_NODES}, got {nodes}"
-        )
+        raise ValueError(f"nodes must be from 2 (input and output) to {_MAX_NODES}, got {nodes}")
 
 
 def _short(value: object) -> str:
