@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastnas.search.files import read_json, read_jsonl
+from runs import search
+
+from fastnas.search.files import read_json
 from fastnas.spaces.nasbench201 import Genotype
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tabular.json"
 METHODS = ("darts", "pc_darts", "da2s", "entrannas", "entrannas_dst", "proxyless")
-#: The words that all searches have; the rest is the demo of space and method.
-WORDS = ("--space", "nasbench201", "--nodes", "3", "--no-gap", "--validate", "never")
+#: The words that all searches have.
+WORDS = (
+    *("--space", "nasbench201", "--nodes", "3", "--C", "4", "--layers", "3"),
+    *("--weight-share", "0.5", "--arch-share", "0.5", "--epochs", "6"),
+)
 
 
 class Table:
@@ -67,25 +71,6 @@ def counts(cells: Sequence[str]) -> str:
     return ", ".join(f"{op} {count}" for op, count in found.most_common())
 
 
-def search(method: str, seed: int, out: Path) -> str:
-    """The cell that a search finds; it is made or finished if it is not there."""
-    command = [sys.executable, "-m", "fastnas", "search"]
-    if (out / "config.json").exists():
-        command += ["--out", str(out), "--resume"]
-    else:
-        command += ["--method", method, *WORDS, "--seed", str(seed), "--out", str(out)]
-    if not finished(out):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return str(Genotype.load(out / "genotype.json"))
-
-
-def finished(out: Path) -> bool:
-    """Whether a search has done all its epochs."""
-    if not (out / "metrics.jsonl").exists():
-        return False
-    return len(read_jsonl(out / "metrics.jsonl")) == read_json(out / "config.json")["epochs"]
-
-
 def main() -> int:
     """Search what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -105,7 +90,9 @@ def main() -> int:
     for method in options.methods:
         cells = []
         for seed in range(options.first_seed, options.first_seed + options.seeds):
-            cells.append(search(method, seed, options.out / f"{method}-{seed}"))
+            words = ["--method", method, *WORDS, "--seed", str(seed)]
+            found = search(words, options.out / f"{method}-{seed}")
+            cells.append(str(Genotype.from_dict(found["genotype"])))
             print(
                 f"{method}, seed {seed}: {cells[-1]}, percentile {table.percentile(cells[-1]):.1f}",
                 file=sys.stderr,

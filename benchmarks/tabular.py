@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +92,12 @@ def begin(out: Path) -> list[dict[str, Any]]:
         ValueError: the trainings there are of another recipe.
     """
     out.mkdir(parents=True, exist_ok=True)
-    config = {**recipe(0).to_dict(), "nodes": NODES}
+    config = {
+        "nodes": NODES,
+        "data": recipe(0).data,
+        **RECIPE,
+        "augment": asdict(RECIPE["augment"]),
+    }
     if (out / "config.json").exists():
         if read_json(out / "config.json") != config:
             raise ValueError(f"{out}: its trainings are of another recipe: choose another --out")
