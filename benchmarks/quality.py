@@ -24,11 +24,19 @@ from fastnas.search.files import read_json
 from fastnas.spaces.nasbench201 import Genotype
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tabular.json"
-METHODS = ("darts", "pc_darts", "da2s", "entrannas", "entrannas_dst", "proxyless")
+#: The methods, and the words that a method has of its own beside its demo.
+METHODS: dict[str, tuple[str, ...]] = {
+    "darts": (),
+    "pc_darts": (),
+    "da2s": (),
+    "entrannas": (),
+    "entrannas_dst": (),
+    "proxyless": (),
+}
 #: The words that all searches have.
 WORDS = (
     *("--space", "nasbench201", "--nodes", "3", "--C", "4", "--layers", "3"),
-    *("--weight-share", "0.5", "--arch-share", "0.5", "--epochs", "6"),
+    *("--weight-share", "0.5", "--arch-share", "0.5", "--threads", "1"),
 )
 
 
@@ -80,7 +88,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of the benchmark")
     parser.add_argument("--seeds", type=int, default=5, help="searches of each method")
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first of them")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     options = parser.parse_args()
     if options.seeds < 1:
         parser.error("--seeds: expected at least 1")
@@ -90,7 +98,7 @@ def main() -> int:
     for method in options.methods:
         cells = []
         for seed in range(options.first_seed, options.first_seed + options.seeds):
-            words = ["--method", method, *WORDS, "--seed", str(seed)]
+            words = ["--method", method, *WORDS, *METHODS[method], "--seed", str(seed)]
             found = search(words, options.out / f"{method}-{seed}")
             cells.append(str(Genotype.from_dict(found["genotype"])))
             print(

@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,12 +91,9 @@ def begin(out: Path) -> list[dict[str, Any]]:
         ValueError: the trainings there are of another recipe.
     """
     out.mkdir(parents=True, exist_ok=True)
-    config = {
-        "nodes": NODES,
-        "data": recipe(0).data,
-        **RECIPE,
-        "augment": asdict(RECIPE["augment"]),
-    }
+    whole = recipe(0).to_dict()
+    # Not all of it: later versions may have more fields.
+    config = {"nodes": NODES, **{key: whole[key] for key in ("data", *RECIPE)}}
     if (out / "config.json").exists():
         if read_json(out / "config.json") != config:
             raise ValueError(f"{out}: its trainings are of another recipe: choose another --out")
@@ -140,7 +136,7 @@ def write(content: Mapping[str, Any], path: Path) -> None:
     head = {key: value for key, value in content.items() if key != "cells"}
     lines = [f"    {json.dumps(cell)}: {json.dumps(row)}" for cell, row in content["cells"].items()]
     body = ",\n".join(lines)
-    text = json.dumps(head, indent=2).rstrip("}\n") + ',\n  "cells": {\n' + body + "\n  }\n}\n"
+    text = json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "cells": {\n' + body + "\n  }\n}\n"
     write_text(path, text)
 
 
