@@ -136,7 +136,9 @@ def write(content: Mapping[str, Any], path: Path) -> None:
     head = {key: value for key, value in content.items() if key != "cells"}
     lines = [f"    {json.dumps(cell)}: {json.dumps(row)}" for cell, row in content["cells"].items()]
     body = ",\n".join(lines)
-    text = json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "cells": {\n' + body + "\n  }\n}\n"
+    text = (
+        json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "cells": {\n' + body + "\n  }\n}\n"
+    )
     write_text(path, text)
 
 
