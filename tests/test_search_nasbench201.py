@@ -62,6 +62,26 @@ def test_memory_low_has_the_same_numbers() -> None:
     assert records[0]["train_loss"] == pytest.approx(records[1]["train_loss"], rel=1e-5)
 
 
+def test_without_none_in_the_cell() -> None:
+    network = NASBench201Options(nodes=3, derive_none=False)
+    for method in ("darts", "proxyless"):
+        search = search_tiny.Search(
+            dataclasses.replace(config(method), network=network),
+            data=search_tiny.images(),
+            progress=search_tiny.QUIET,
+        )
+        with torch.no_grad():
+            for row in search.arch.parameters():
+                row[..., 0] += 9
+        assert "none" not in search.genotype().ops
+        assert search.method.specs["normal"].primitives[0] == "none"
+
+
+def test_a_target_of_cost() -> None:
+    (record,) = search_tiny.run(config("darts", target="macs=50k")).history
+    assert record["macs"]["target"] == 50_000 and record["macs"]["expected"] > 0
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="stem: the space 'nasbench201' has no such option"):
         config("darts", stem="imagenet")

@@ -250,7 +250,10 @@ def test_derivation() -> None:
     specs = Supernet(4, 3, nodes=3).cell_specs
     scores = torch.tensor([[0.5, 0.3, 0.2, 0, 0], [0, 0.4, 0, 0.4, 0], [0, 0, 0.1, 0.2, 0.9]])
     assert derive({"normal": scores}, specs).ops == ("none", "skip_connect", "avg_pool_3x3")
+    mixed = Supernet(4, 3, nodes=3, derive_none=False).cell_specs
+    assert derive({"normal": scores}, mixed).ops == ("skip_connect", "skip_connect", "avg_pool_3x3")
     stay = {"normal": torch.tensor([True, False, True])}
+    assert derive({"normal": scores}, mixed, stay).ops == ("skip_connect", "none", "avg_pool_3x3")
     assert derive({"normal": scores}, specs, stay).ops == ("none", "none", "avg_pool_3x3")
     several = {"normal": torch.tensor([[0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 1, 1, 0]]).bool()}
     assert derive({"normal": scores}, specs, several).ops == (

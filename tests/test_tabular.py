@@ -99,10 +99,11 @@ def test_every_method_with_every_seed(tmp_path, monkeypatch, capsys):
     made = []
 
     def search(words, out):
-        method, seed = out.name.rsplit("-", 1)
-        assert words[:2] == ["--method", method] and words[-2:] == ["--seed", seed]
-        made.append((method, int(seed)))
-        cell = CELLS[31 + int(seed)]
+        name, seed = out.name.rsplit("-", 1)
+        assert words[:2] == ["--method", name.removesuffix("-none")]
+        assert words[-2:] == ["--seed", seed]
+        made.append((name, int(seed)))
+        cell = CELLS[21 + int(seed)]
         return {"genotype": Genotype.parse(cell).to_dict(), "gap": {}}
 
     monkeypatch.setattr(quality, "search", search)
@@ -113,7 +114,7 @@ def test_every_method_with_every_seed(tmp_path, monkeypatch, capsys):
     (tmp_path / "table.json").write_text(json.dumps(content))
     words(monkeypatch, "--out", tmp_path, "--results", tmp_path / "table.json", "--seeds", 2)
     assert quality.main() == 0
-    assert made == [(method, seed) for method in quality.METHODS for seed in (0, 1)]
+    assert made == [(name, seed) for name in quality.SEARCHES for seed in (10, 11)]
     printed = capsys.readouterr().out
     assert "| `darts` | 25.4 | 25.0 | 46.25 | 15.75 | skip_connect 5, nor_conv_1x1 1 |" in printed
     assert "| random choice, expected | 50.0 | 0.0 | 31.00 | 31.00 |" in printed

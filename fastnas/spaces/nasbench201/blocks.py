@@ -21,15 +21,15 @@ from fastnas.spaces.blocks import (
     block_key,
 )
 from fastnas.spaces.nasbench201.backbone import ResidualReduction, check_size, plan_cells
-from fastnas.spaces.nasbench201.genotype import PRIMITIVES, Genotype
+from fastnas.spaces.nasbench201.genotype import PRIMITIVES, Genotype, check_nodes
 from fastnas.spaces.nasbench201.network import Network
-from fastnas.spaces.nasbench201.supernet import KIND, NASBench201Options
+from fastnas.spaces.nasbench201.supernet import KIND
 
 __all__ = ["RULES", "NASBench201Shape"]
 
 
 @dataclass(frozen=True)
-class NASBench201Shape(NASBench201Options, NetworkShape):
+class NASBench201Shape(NetworkShape):
     """What decides the shapes in a derived network.
 
     Raises:
@@ -40,11 +40,13 @@ class NASBench201Shape(NASBench201Options, NetworkShape):
     """Channels of the first stage."""
     layers: int = 15
     """Number of cells."""
+    nodes: int = 4
+    """Nodes of the cell, its input among them."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        NetworkShape.__post_init__(self)
-        NASBench201Options.__post_init__(self)
+        super().__post_init__()
+        check_nodes(self.nodes)
         plan_cells(self.C, self.layers)
         check_size(self.image_size, self.image_size)
 

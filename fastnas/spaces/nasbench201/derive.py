@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastnas.spaces.base import CellSpec, CellWeights
 from fastnas.spaces.nasbench201.genotype import Genotype
-from fastnas.spaces.nasbench201.supernet import KIND
+from fastnas.spaces.nasbench201.supernet import KIND, TopologySpec
 
 __all__ = ["derive", "one_hot"]
 
@@ -21,7 +21,7 @@ def derive(
     specs: Mapping[str, CellSpec],
     edges: Mapping[str, Tensor] | None = None,
 ) -> Genotype:
-    """On every edge the candidate of the highest score, ``none`` among them.
+    """On every edge the candidate of the highest score, ``none`` among them if the spec says so.
 
     Ties go to the lower candidate index.
 
@@ -50,10 +50,12 @@ def derive(
         raise ValueError(
             f"edges[{KIND!r}]: shape {tuple(stay.shape)}, wanted {wanted[:1]} or {wanted}"
         )
+    derive_none = not isinstance(spec, TopologySpec) or spec.derive_none
+    left_out = None if derive_none else spec.zeros[0]
     flags = (stay if stay.dim() == 2 else stay.unsqueeze(1).expand(wanted)).tolist()
     ops = []
     for row, allowed in zip(rows, flags, strict=True):
-        kept = [k for k, flag in enumerate(allowed) if flag]
+        kept = [k for k, flag in enumerate(allowed) if flag and k != left_out]
         # max() keeps the first of equals, which is the rule for ties.
         ops.append(spec.primitives[max(kept, key=row.__getitem__)] if kept else "none")
     return Genotype.from_ops(ops)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 
@@ -33,7 +33,7 @@ from fastnas.spaces.engine_cells import EngineCells, find_engine_cells
 from fastnas.spaces.nasbench201.backbone import Backbone
 from fastnas.spaces.nasbench201.genotype import PRIMITIVES, check_nodes
 
-__all__ = ["KIND", "Cell", "NASBench201Options", "Supernet"]
+__all__ = ["KIND", "Cell", "NASBench201Options", "Supernet", "TopologySpec"]
 
 KIND = "normal"
 """Key of the cells' weights; there is one kind, which halves nothing."""
@@ -50,10 +50,24 @@ class NASBench201Options(SpaceOptions):
     nodes: int = 4
     """Nodes of the cell, its input among them: 4 in the benchmark (15,625 cells), 3 for a space of
     125 cells."""
+    derive_none: bool = True
+    """Whether an edge may get none. If not, it is a candidate in the search alone, as DARTS has it
+    (section 2.4); da2s and entrannas have none in neither."""
 
     def __post_init__(self) -> None:
         """Check the number."""
         check_nodes(self.nodes)
+
+
+@dataclass(frozen=True)
+class TopologySpec(CellSpec):
+    """The choices in a cell of this space.
+
+    Attributes:
+        derive_none: whether an edge of a derived cell may get ``none`` for its score.
+    """
+
+    derive_none: bool = field(default=True, kw_only=True)
 
 
 class Cell(nn.Module):
@@ -143,6 +157,7 @@ class Supernet(Backbone):
         num_classes: int = 10,
         in_channels: int = 3,
         nodes: int = 4,
+        derive_none: bool = True,
         partial_channels: int = 1,
         none: bool = True,
         memory: Memory = "default",
@@ -157,6 +172,7 @@ class Supernet(Backbone):
             num_classes: width of the classifier.
             in_channels: channels of the images.
             nodes: nodes of a cell, its input among them.
+            derive_none: whether an edge of a derived cell may get ``none`` for its score.
             partial_channels: k of PC-DARTS: the candidates see one in k channels.
             none: False leaves the candidate ``none`` out.
             memory: as of ``fastnas.spaces.darts.Supernet``.
@@ -184,7 +200,9 @@ class Supernet(Backbone):
                 f"got {partial_channels} and none={none}"
             )
         primitives = tuple(name for name in PRIMITIVES if none or name != "none")
-        spec = CellSpec(tuple(range(1, nodes)), primitives, zero="none")
+        spec = TopologySpec(
+            tuple(range(1, nodes)), primitives, zero="none", derive_none=derive_none
+        )
         super().__init__(
             C,
             layers,
