@@ -12,7 +12,14 @@ from torch import nn
 
 from fastnas.costs import Cost
 from fastnas.nn.gates import Gate
-from fastnas.spaces import CellGates, CellSelection, CellWeights, count_macs, count_parameters
+from fastnas.spaces import (
+    CellGates,
+    CellRoles,
+    CellSelection,
+    CellWeights,
+    count_macs,
+    count_parameters,
+)
 from fastnas.spaces.nasbench201 import (
     GENOTYPES,
     PRIMITIVES,
@@ -207,6 +214,20 @@ def test_connections_are_the_weights_that_are_not_zero(share: bool) -> None:
     x, hot = torch.randn(2, 1, 8, 8), one_hot(genotype, net.cell_specs)
     selection = CellSelection(((2,), (3,), (0,)))
     torch.testing.assert_close(net(x, {"normal": selection}), net(x, hot))
+
+
+def test_the_last_cell_is_the_engine() -> None:
+    torch.manual_seed(0)
+    net = Supernet(4, 3, 10, 1, nodes=3, none=False, engine_cells="last").eval()
+    assert net.engine_cells == (2,)
+    x, uniform = torch.randn(2, 1, 8, 8), net.uniform_weights()["normal"]
+    transit = CellSelection(((2,), (1,), (3,)))
+    h = net.stem(x)
+    for number, cell in enumerate(net.cells):
+        h = net.reductions[number - 1](h) if number else h
+        h = cell(h, uniform if number == 2 else transit)
+    expected = net.classifier(net.lastact(h).mean((2, 3)))
+    torch.testing.assert_close(net(x, {"normal": CellRoles(uniform, transit)}), expected)
 
 
 def test_supernet_refuses() -> None:
