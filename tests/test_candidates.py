@@ -38,7 +38,10 @@ def test_order_of_primitives() -> None:
         "dil_conv_3x3",
         "dil_conv_5x5",
     )
-    assert set(candidate_names()) == {*DARTS_PRIMITIVES, "sep_conv_7x7", "conv_7x1_1x7"}
+    assert set(candidate_names()) == {
+        *DARTS_PRIMITIVES,
+        *("sep_conv_7x7", "conv_7x1_1x7", "nor_conv_1x1", "nor_conv_3x3"),
+    }
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -52,6 +55,8 @@ def test_parameter_counts(C: int, stride: int, affine: bool) -> None:
     for name, k in DILATED.items():
         expected[name] = k * k * C + C * C + 2 * C * affine
     expected["conv_7x1_1x7"] = 14 * C * C + 2 * C * affine
+    for name, k in (("nor_conv_1x1", 1), ("nor_conv_3x3", 3)):
+        expected[name] = k * k * C * C + (2 * C if affine else C)
     found = {name: parameters(build_candidate(name, C, stride, affine)) for name in expected}
     assert found == expected
     assert parameters(ReLUConvBN(3, C, 1, 1, 0, affine=affine)) == 3 * C + 2 * C * affine
@@ -66,7 +71,8 @@ def test_shapes_and_conventions(name: str) -> None:
         assert op(x).shape == (2, 4, 6 // stride, 8 // stride)
         for layer in op.modules():
             if isinstance(layer, nn.Conv2d):
-                assert layer.bias is None
+                # NAS-Bench-201 has a bias in search, where the BatchNorm has no shift.
+                assert (layer.bias is not None) == name.startswith("nor_conv")
             if isinstance(layer, nn.BatchNorm2d):
                 assert (layer.eps, layer.momentum, layer.affine) == (1e-5, 0.1, False)
     assert torch.equal(x, before)

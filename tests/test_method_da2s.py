@@ -303,7 +303,7 @@ def test_a_total_lets_edges_go_where_they_are_strong() -> None:
         ("two", "keep: expected the edges"),
         ("total:4,4", "keep: expected the edges"),
         ("-2", "keep: expected the edges"),
-        ("3", "keep: expected at most 2 at node 2, which has no more edges, but got 3"),
+        ("6", "keep: expected at most 2 at node 2, which has no more edges, but got 6"),
         ("1,2,3", "keep: expected one number or 4, one for each node, but got 3"),
         ("1,2,5,1", "keep: expected at most 4 at node 4"),
         ("total:3", r"keep: expected a total of 4 \(one a node\) to 14 \(all edges\), but got 3"),

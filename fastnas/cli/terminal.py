@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastnas.spaces import mbconv
+from fastnas.spaces import mbconv, nasbench201
 
 __all__ = ["console", "error_console", "genotype_table"]
 
@@ -33,7 +33,7 @@ def genotype_table(genotype: Any) -> Table:
 
     The cells of DARTS have one row a node: ``sep_conv_3x3(0) + skip_connect(1)``; sources are the
     papers' states: 0 and 1 are the two cells before, 2 and up the nodes. A network of MBConv blocks
-    has one row for each run of blocks of one width.
+    has one row for each run of blocks of one width. The cell of NAS-Bench-201 has one row a node.
     """
     table = _empty_table("node")
     columns = (("normal cell", "normal"), ("reduction cell", "reduce"))
@@ -54,6 +54,16 @@ def _(genotype: mbconv.Genotype) -> Table:
         blocks = list(stage)
         ops = Text(" ").join(Text(b.op, style="dim" if b.skipped else "cyan") for b in blocks)
         table.add_row(str(blocks[0].out_channels), str(blocks[0].stride), ops)
+    return table
+
+
+@genotype_table.register
+def _(genotype: nasbench201.Genotype) -> Table:
+    table = _empty_table("node")
+    table.add_column("operations (from node)", overflow="fold")
+    for number, node in enumerate(genotype.nodes, 1):
+        pairs = [(op, source) for source, op in enumerate(node) if op != "none"]
+        table.add_row(str(number), _node(pairs) if pairs else Text("none", style="dim"))
     return table
 
 

@@ -44,8 +44,9 @@ def find_genotype(source: str | os.PathLike[str], own: str | None = None) -> Gen
     """Find the architecture that ``source`` names.
 
     Args:
-        source: a published name (``PC_DARTS_cifar``), the folder of a search, or a file: JSON as a
-            search, or the released code of ProxylessNAS, writes it, or text with one
+        source: a published name (``PC_DARTS_cifar``), a cell as NAS-Bench-201 writes it
+            (``|skip_connect~0|+|...|``), the folder of a search, or a file: JSON as a search, or
+            the released code of ProxylessNAS, writes it, or text: such a cell, or with one
             ``Genotype(...)`` in it, as DARTS prints it. A file or folder that has the name of a
             published architecture is reached as ``./NAME``.
         own: folder of an evaluation that goes on; it has its own copy of the architecture, should
@@ -59,6 +60,8 @@ def find_genotype(source: str | os.PathLike[str], own: str | None = None) -> Gen
     for space in SPACES.values():
         if name in space.genotypes:
             return GenotypeSource(space.genotypes[name], space.name, name)
+    if name.startswith("|"):
+        return GenotypeSource(SPACES["nasbench201"].genotype.parse(name), "nasbench201", name)
     path = Path(name)
     if path.is_dir():
         return _from_search(path)
@@ -126,6 +129,8 @@ def _from_file(path: Path) -> tuple[Any, str]:
     try:
         if text.lstrip().startswith("{"):
             return _from_json(text)
+        if text.lstrip().startswith("|"):
+            return SPACES["nasbench201"].genotype.parse(text), "nasbench201"
         return SPACES["darts"].genotype.parse(_call(text)), "darts"
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

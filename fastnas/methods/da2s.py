@@ -47,8 +47,8 @@ class DA2SOptions(MethodOptions):
     """Options of the method ``da2s``."""
 
     keep: str = "2"
-    """Edges that the derived cells keep: 2 at every node; 1,2,2,3 node by node; total:8 in the
-    cell, wherever they are."""
+    """Edges that the derived cells keep: 2 at every node (1 at one that has no more); 1,2,2,3
+    node by node; total:8 in the cell, wherever they are."""
     parametrisation: Literal["released", "plain"] = "released"
     """Logits of the candidates: released takes 2 alpha and its cube below -1, plain takes alpha."""
     schedule: ContinuationName = "linear"

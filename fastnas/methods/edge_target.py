@@ -42,7 +42,8 @@ class EdgeTarget:
     """Edges to keep: so many at each node, or so many in the cell wherever they are.
 
     Attributes:
-        per_node: edges of each node; of one number, the same for all nodes.
+        per_node: edges of each node; of one number, the same for all nodes, or all that a node
+            has.
         total: edges of the cell, None where ``per_node`` holds.
     """
 
@@ -71,7 +72,7 @@ class EdgeTarget:
         Raises:
             ValueError: the cell cannot meet the target.
         """
-        inputs = spec.inputs_per_node
+        inputs, first = spec.inputs_per_node, spec.inputs_per_node[0]
         if self.total is not None:
             if not len(inputs) <= self.total <= spec.edges:
                 raise ValueError(
@@ -79,13 +80,17 @@ class EdgeTarget:
                     f"edges), but got {self.total}"
                 )
             return (EdgeGroup(slice(0, spec.edges), self.total),)
-        keep = self.per_node * len(inputs) if len(self.per_node) == 1 else self.per_node
+        keep = self.per_node
+        if len(keep) == 1 and keep[0] <= max(inputs):
+            keep = tuple(min(keep[0], most) for most in inputs)
+        elif len(keep) == 1:
+            keep *= len(inputs)
         if len(keep) != len(inputs):
             raise ValueError(
                 f"keep: expected one number or {len(inputs)}, one for each node, "
                 f"but got {len(keep)}"
             )
-        for node, (most, count) in enumerate(zip(inputs, keep, strict=True), 2):
+        for node, (most, count) in enumerate(zip(inputs, keep, strict=True), first):
             if count > most:
                 raise ValueError(
                     f"keep: expected at most {most} at node {node}, which has no more edges, "

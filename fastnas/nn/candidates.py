@@ -118,12 +118,13 @@ class ReLUConvBN(nn.Module):
         stride: int,
         padding: int,
         affine: bool = True,
+        bias: bool = False,
     ) -> None:
         """Build; ``affine`` says whether the BatchNorm learns a scale and a shift."""
         super().__init__()
         self.op = nn.Sequential(
             nn.ReLU(),
-            nn.Conv2d(C_in, C_out, kernel_size, stride=stride, padding=padding, bias=False),
+            nn.Conv2d(C_in, C_out, kernel_size, stride=stride, padding=padding, bias=bias),
             nn.BatchNorm2d(C_out, affine=affine),
         )
 
@@ -305,3 +306,15 @@ def _conv_7x1_1x7(C: int, stride: int, affine: bool) -> nn.Module:
         nn.Conv2d(C, C, (7, 1), stride=(stride, 1), padding=(3, 0), bias=False),
         nn.BatchNorm2d(C, affine=affine),
     )
+
+
+# Those of NAS-Bench-201 (Dong and Yang, ICLR 2020): convolutions with a bias exactly where the
+# BatchNorm has no shift of its own, which is in search.
+@register_candidate("nor_conv_1x1")
+def _nor_conv_1x1(C: int, stride: int, affine: bool) -> nn.Module:
+    return ReLUConvBN(C, C, 1, stride, 0, affine=affine, bias=not affine)
+
+
+@register_candidate("nor_conv_3x3")
+def _nor_conv_3x3(C: int, stride: int, affine: bool) -> nn.Module:
+    return ReLUConvBN(C, C, 3, stride, 1, affine=affine, bias=not affine)

@@ -16,7 +16,7 @@ from fastnas.nn.candidates import Zero
 from fastnas.nn.gates import Gate
 from fastnas.ops import gate_gradient, mixed_sum
 
-__all__ = ["GatedMixedOp", "frozen_statistics"]
+__all__ = ["GatedMixedOp", "frozen_statistics", "run_gate"]
 
 
 class GatedMixedOp(nn.Module):
@@ -75,21 +75,9 @@ class GatedMixedOp(nn.Module):
         Raises:
             ValueError: a gate names a candidate that is not there, or another number of weights.
         """
-        if not isinstance(gate, Gate):
-            y = self._mix(x, gate)
-            return x + y if residual else y
-        self._check(gate)
-        learns = gate.logits is not None and gate.others and torch.is_grad_enabled()
-        candidate = self.candidate_ops[gate.active]
-        zero = isinstance(candidate, Zero)
-        if isinstance(candidate, Zero):
-            # x + 0 is x: a block that is skipped is not even copied.
-            y = x if residual else _zeros(x, candidate.stride)
-            residual = False
-        else:
-            y = candidate(x)
-        if learns:
-            y = _Learn.apply(y, x, gate.logits, gate.scale, self.candidate_ops, gate, zero)
+        if isinstance(gate, Gate):
+            return run_gate(self.candidate_ops, x, gate, residual)
+        y = self._mix(x, gate)
         return x + y if residual else y
 
     def _mix(self, x: Tensor, weights: Tensor | Sequence[Tensor | float]) -> Tensor:
@@ -106,13 +94,30 @@ class GatedMixedOp(nn.Module):
             return _zeros(x, zero)
         return mixed_sum([op(x) for op, _ in kept], [w for _, w in kept])
 
-    def _check(self, gate: Gate) -> None:
-        for name, index in (("active", gate.active), *(("others", k) for k in gate.others)):
-            if not 0 <= index < len(self.candidate_ops):
-                raise ValueError(
-                    f"GatedMixedOp: expected gate.{name} from 0 to {len(self.candidate_ops) - 1}, "
-                    f"but got {index}"
-                )
+
+def run_gate(candidates: nn.ModuleList, x: Tensor, gate: Gate, residual: bool = False) -> Tensor:
+    """Run the active candidate of a mixed op, whatever module holds the candidates.
+
+    Arguments, result and errors as of ``GatedMixedOp.forward``.
+    """
+    for name, index in (("active", gate.active), *(("others", k) for k in gate.others)):
+        if not 0 <= index < len(candidates):
+            raise ValueError(
+                f"GatedMixedOp: expected gate.{name} from 0 to {len(candidates) - 1}, "
+                f"but got {index}"
+            )
+    learns = gate.logits is not None and gate.others and torch.is_grad_enabled()
+    candidate = candidates[gate.active]
+    zero = isinstance(candidate, Zero)
+    if isinstance(candidate, Zero):
+        # x + 0 is x: a block that is skipped is not even copied.
+        y = x if residual else _zeros(x, candidate.stride)
+        residual = False
+    else:
+        y = candidate(x)
+    if learns:
+        y = _Learn.apply(y, x, gate.logits, gate.scale, candidates, gate, zero)
+    return x + y if residual else y
 
 
 class _Learn(torch.autograd.Function):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,11 +176,13 @@ def build_term(data: Data, config: SearchConfig) -> CostTerm | None:
     height, width = data.image_size
     if height != width:
         raise ValueError(f"target: expected square images, but got {height}x{width}")
+    known = {field.name for field in dataclasses.fields(space.blocks.shape)}
     shape = space.blocks.shape(
         image_size=height,
         in_channels=data.channels,
         num_classes=data.num_classes,
-        **network_arguments(config),
+        # What a space has of its own may also concern the search alone.
+        **{name: value for name, value in network_arguments(config).items() if name in known},
     )
     if target.name == "latency":
         # Only where it is needed: the package times networks, and depends on this one.

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from fastnas.spaces import darts, mbconv
+from fastnas.spaces import darts, mbconv, nasbench201
 from fastnas.spaces.base import (
     CellGates,
     CellRoles,
@@ -44,7 +44,9 @@ __all__ = [
     "get_space",
 ]
 
-SPACES: dict[str, Space] = {space.name: space for space in (darts.SPACE, mbconv.SPACE)}
+SPACES: dict[str, Space] = {
+    space.name: space for space in (darts.SPACE, mbconv.SPACE, nasbench201.SPACE)
+}
 """All spaces by name."""
 
 

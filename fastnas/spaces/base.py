@@ -30,6 +30,7 @@ __all__ = [
     "SpaceOptions",
     "Weighting",
     "check_positive",
+    "check_weights",
 ]
 
 Connections = tuple[tuple[int, ...], ...]
@@ -198,13 +199,44 @@ class CellSpec:
                     f"weights[{kind!r}].connections[{edge}]: {found}, wanted ascending numbers of "
                     f"candidates below {count}"
                 )
-        for node, rows in enumerate(self.node_slices, 2):
+        # A cell's first node has as many incoming edges as the cell has inputs, which come first.
+        for node, rows in enumerate(self.node_slices, self.inputs_per_node[0]):
             if not any(given[rows]):
                 raise ValueError(
                     f"weights[{kind!r}].connections: node {node} has none, wanted at least one"
                 )
         if selection.ops is not None:
             self.check_weights(kind, CellWeights(selection.ops))
+
+
+def check_weights(
+    weights: Mapping[str, Weighting], specs: Mapping[str, CellSpec], selects: bool
+) -> None:
+    """Check what is handed to a supernet of mixed ops.
+
+    Args:
+        weights: by cell kind.
+        specs: cell kind -> choices.
+        selects: whether it takes ``CellSelection`` and ``CellRoles`` beside ``CellWeights``.
+
+    Raises:
+        ValueError: a missing kind, or a wrong shape.
+        TypeError: a value of ``weights`` is none of these.
+    """
+    for kind, spec in specs.items():
+        if kind not in weights:
+            raise ValueError(f"weights: the kind {kind!r} is missing, got {sorted(weights)}")
+        given = weights[kind]
+        for part in given if isinstance(given, CellRoles) else (given,):
+            if isinstance(part, CellSelection) and selects:
+                spec.check_selection(kind, part)
+            elif isinstance(part, CellWeights):
+                spec.check_weights(kind, part)
+            else:
+                also = ", CellSelection or CellRoles" if selects else ""
+                raise TypeError(
+                    f"weights[{kind!r}]: wanted CellWeights{also}, got {type(part).__name__}"
+                )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.recompute import MEMORY, Memory
 from fastnas.ops import mixed_sum
-from fastnas.spaces.base import CellRoles, CellSelection, CellSpec, CellWeights
+from fastnas.spaces.base import CellRoles, CellSelection, CellSpec, CellWeights, check_weights
 from fastnas.spaces.darts.backbone import (
     LayerPlan,
     Stemmed,
@@ -32,11 +31,9 @@ from fastnas.spaces.darts.backbone import (
     preprocess_layers,
     reduction_layers,
 )
+from fastnas.spaces.engine_cells import EngineCells, find_engine_cells
 
 __all__ = ["Cell", "EngineCells", "Supernet", "node_sum"]
-
-EngineCells = Sequence[int] | Literal["last", "all"]
-"""Numbers of cells; ``last`` is the last normal and the last reduction cell."""
 
 STEPS = 4
 """Intermediate nodes of a cell; all of them make up its output."""
@@ -213,7 +210,11 @@ class Supernet(Stemmed):
                 "engine_cells and share: wanted partial_channels of 1 and candidates without "
                 f"'none', got {partial_channels} and {', '.join(primitives)}"
             )
-        self.engine_cells = _check_engine_cells(engine_cells, layers)
+        reductions = reduction_layers(layers)
+        normal = set(range(layers)) - set(reductions)
+        self.engine_cells = find_engine_cells(
+            engine_cells, {"normal": normal, "reduction": reductions}
+        )
         self._selects = partial_channels == 1 and "none" not in primitives
         spec = CellSpec(tuple(range(2, 2 + STEPS)), primitives)
         self.cell_specs: dict[str, CellSpec] = {"normal": spec, "reduce": spec}
@@ -250,7 +251,7 @@ class Supernet(Stemmed):
             ValueError: wrong shape of ``x`` or of the weights, or a missing kind.
             TypeError: a value of ``weights`` is none of these.
         """
-        self._check_weights(weights)
+        check_weights(weights, self.cell_specs, self._selects)
         s0, s1 = self.stem_outputs(x)
         for index, cell in enumerate(self.cells):
             given = weights["reduce" if cell.reduction else "normal"]
@@ -258,49 +259,3 @@ class Supernet(Stemmed):
                 given = given.engine if index in self.engine_cells else given.transit
             s0, s1 = s1, cell(s0, s1, given)
         return self.classifier(self.global_pooling(s1).flatten(1))
-
-    def _check_weights(
-        self, weights: Mapping[str, CellWeights | CellSelection | CellRoles]
-    ) -> None:
-        for kind, spec in self.cell_specs.items():
-            if kind not in weights:
-                raise ValueError(f"weights: the kind {kind!r} is missing, got {sorted(weights)}")
-            given = weights[kind]
-            for part in given if isinstance(given, CellRoles) else (given,):
-                if isinstance(part, CellSelection) and self._selects:
-                    spec.check_selection(kind, part)
-                elif isinstance(part, CellWeights):
-                    spec.check_weights(kind, part)
-                else:
-                    also = ", CellSelection or CellRoles" if self._selects else ""
-                    raise TypeError(
-                        f"weights[{kind!r}]: wanted CellWeights{also}, got {type(part).__name__}"
-                    )
-
-
-def _check_engine_cells(engine_cells: EngineCells, layers: int) -> tuple[int, ...]:
-    """The numbers of the Engine-cells, ascending."""
-    reductions = reduction_layers(layers)
-    if engine_cells == "all":
-        return tuple(range(layers))
-    if engine_cells == "last":
-        normal = max(set(range(layers)) - set(reductions))
-        return tuple(sorted((normal, reductions[-1])))
-    numbers = tuple(engine_cells)
-    if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
-        raise ValueError(f"engine_cells: wanted numbers of cells, got {engine_cells!r}")
-    if len(set(numbers)) != len(numbers) or not all(0 <= n < layers for n in numbers):
-        raise ValueError(
-            f"engine_cells: wanted different numbers from 0 to {layers - 1}, got {engine_cells}"
-        )
-    for kind, cells in (
-        ("normal", set(range(layers)) - set(reductions)),
-        ("reduction", reductions),
-    ):
-        if not set(numbers) & set(cells):
-            raise ValueError(
-                f"engine_cells: wanted a {kind} cell among them "
-                f"({', '.join(map(str, sorted(cells)))}), or nothing would be learnt of it, "
-                f"got {engine_cells}"
-            )
-    return tuple(sorted(numbers))
