@@ -7,6 +7,8 @@ import stock
 import torch
 from torch import nn
 
+from fastnas import MixedOp
+
 PROVED = {}
 REFUSED = {}
 
@@ -40,6 +42,17 @@ class Cells(nn.Module):
 
     def forward(self, *arguments):
         return torch.cat([cell(*arguments).flatten() for cell in self.cells])
+
+
+def of_ours(**options):
+    cell = make_cell()
+    for number, edge in enumerate(cell._ops):
+        cell._ops[number] = MixedOp.from_candidates(edge._ops, **options)
+    return cell
+
+
+def kinds(report):
+    return [s.kind for s in report.swapped]
 
 
 # The cell ---------------------------------------------------------------------------------------
@@ -141,6 +154,11 @@ def scaled(self, s0, s1, weights):
 @refused("reads settings that may change: fade")
 def fading(self, s0, s1, weights):
     return torch.cat(states_of(self, s0, s1, weights, self.fade)[2:], 1)
+
+
+@refused("it computes something else: the output differs")
+def casting(self, s0, s1, weights):
+    return torch.cat(states_of(self, s0, s1, weights)[2:], 1).to(torch.float64)
 
 
 @refused("does more than the weighted sum: dropout")

@@ -37,9 +37,10 @@ class NodeByNode:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the nodes; for any call that was not proved, the original ``forward``."""
-        joined: Joined = vars(self)[_JOINED]
-        given = _bind(joined, args, kwargs)
-        if given is None or not _holds(self, joined, given[2], given[3]):
+        # A cell that was made of this class by its own __init__ has not been judged.
+        joined: Joined | None = vars(self).get(_JOINED)
+        given = None if joined is None else _bind(joined, args, kwargs)
+        if joined is None or given is None or not _holds(self, joined, given[2], given[3]):
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # of the cell's class
         return run_cell(self, *given, joined.last)  # type: ignore[arg-type]  # it is a module
 
@@ -108,6 +109,8 @@ def cell_obstacle(cell: nn.Module) -> str | None:
         return f"{len(edges)} mixed ops are not one from every state to every later one"
     if not all(isinstance(cell._modules.get(name), nn.Module) for name in _PREPROCESS):
         return "it has no preprocess0 and preprocess1"
+    if cell._modules["preprocess0"] is cell._modules["preprocess1"]:
+        return "its preprocess0 and preprocess1 are one module"
     parameters = list(inspect.signature(cell.forward).parameters.values())
     if len(parameters) > 4 or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
         more = ", ".join(p.name for p in parameters[4:]) or "any number of arguments"
@@ -171,7 +174,7 @@ def join(cell: nn.Module, verdict: CellVerdict) -> None:
 def separate(cell: nn.Module) -> None:
     """Undo ``join``."""
     cell.__class__ = _original(type(cell))
-    del vars(cell)[_JOINED]
+    vars(cell).pop(_JOINED, None)
 
 
 @functools.cache

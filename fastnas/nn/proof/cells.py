@@ -124,7 +124,9 @@ class CellJudge:
         if has_global_hook():
             return CellVerdict("hooks for every module are registered, which the nodes would skip")
         reading = read(cell)
-        settings = sorted(reading.settings - _READ)
+        # A list would be the same object after it changed.
+        lists = {n for n in reading.settings & set(_FIXED) if not _is_fixed(getattr(cell, n, None))}
+        settings = sorted(reading.settings - _READ | lists)
         if settings:
             return CellVerdict(f"its forward reads settings that may change: {', '.join(settings)}")
         if reading.fault is not None:
@@ -184,10 +186,20 @@ class CellJudge:
         kind = random.device, random.dtype
         key = type(cell), settings, tuple(few.items()), count, last, ways, kind
         if key not in self._faults:
-            self._faults[key] = fault_around_parts(
-                cell, few, count, last, ways, subject.reading, random
+            kinds = [random]
+            if random.dtype is torch.float64:
+                # A cast to double precision does nothing there.
+                kinds.append(Random(random.device, torch.float32))
+            faults = (
+                fault_around_parts(cell, few, count, last, ways, subject.reading, kind)
+                for kind in kinds
             )
+            self._faults[key] = next(filter(None, faults), None)
         return self._faults[key]
+
+
+def _is_fixed(value: object) -> bool:
+    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 def _arguments(cell: nn.Module) -> list[inspect.Parameter]:
