@@ -29,6 +29,11 @@ def _space() -> object:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def test_time_left_of_a_search_that_is_all_warm_up() -> None:
+    # The recorder finds that no time left is negative.
+    run(config(epochs=2, arch_warmup_epochs=5, validate="never"), progress=Recorder())
+
+
 def test_progress() -> None:
     recorder = Recorder()
     run(config(log_every=2, validate="last"), progress=recorder)

@@ -308,7 +308,8 @@ class Search(Resumable):
         step, steps = done or (self.step, self.steps_per_epoch)
         left = self.config.epochs * self.steps_per_epoch - self.moment(phase).step
         with_arch = min(
-            left, (self.config.epochs - self.config.arch_warmup_epochs) * self.steps_per_epoch
+            left,
+            max(self.config.epochs - self.config.arch_warmup_epochs, 0) * self.steps_per_epoch,
         )
         return StepReport(
             phase=phase,
