@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 
 import pytest
@@ -115,10 +116,13 @@ def test_nan_among_the_results_is_left_out(capsys, monkeypatch):
 
 
 def test_the_compiler_is_stopped_when_its_time_is_up(monkeypatch):
+    imported = []
+    monkeypatch.setattr(forms, "_import_compiler", lambda: imported.append(signal.getitimer(0)))
     monkeypatch.setattr(forms.Form, "step", lambda self: time.sleep(30))
     config = BenchConfig(**SMALL)
     with pytest.raises(LeftOut, match="it was not ready after 0 s; with a larger --seconds"):
         compiled(make_scene("darts", config, CPU), config, 0.2)
+    assert imported == [(0.0, 0.0)]  # before the clock runs
 
 
 def test_work_grows_with_images_and_shrinks_with_partial_channels():

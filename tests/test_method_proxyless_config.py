@@ -46,7 +46,10 @@ def test_two_cosines_by_iterations():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "proxyless", "space": "darts"}, "needs a space with gates .mbconv, nasbench201., but got"),
+        (
+            {"method": "proxyless", "space": "darts"},
+            "needs a space with gates .mbconv, nasbench201., but got",
+        ),
         ({"method": "pc_darts", "space": "mbconv"}, "needs a space with partial_channels .darts."),
         ({"C": 16}, "C: the space 'mbconv' has no such option, but got 16"),
         ({"stem": "imagenet"}, "stem: the space 'mbconv' has no such option"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -179,6 +180,7 @@ def compiled(scene: Scene, config: BenchConfig, seconds: float) -> tuple[Form, l
     form = Form("stock, torch.compile", network, scene, layout, stock=True)
     if not seconds:
         raise LeftOut("no seconds were given to it")
+    _import_compiler()
     try:
         torch._dynamo.reset()
         # Beyond its limit of shapes the compiler would let the rest run as it is, without a word.
@@ -196,6 +198,13 @@ def compiled(scene: Scene, config: BenchConfig, seconds: float) -> tuple[Form, l
     except torch._dynamo.exc.TorchDynamoException as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LeftOut(f"it failed: {first}") from None
+
+
+def _import_compiler() -> None:
+    """Import what the compiler will: stopped amidst an import, it would fail from then on."""
+    for name in ("networkx", "sympy", "torch._inductor.compile_fx"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 class _Expired(BaseException):
