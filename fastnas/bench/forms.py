@@ -225,7 +225,8 @@ def _limited(seconds: float) -> Iterator[None]:
         raise _Expired
 
     before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: what is raised in the callback of a weak reference, Python only prints.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     except Exception as error:
