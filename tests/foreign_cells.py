@@ -5,25 +5,14 @@ from __future__ import annotations
 
 import stock
 import torch
+from foreign_registry import Registry
 from torch import nn
 
 from fastnas import MixedOp
 
-PROVED = {}
-REFUSED = {}
-
-
-def proved(forward):
-    PROVED[forward.__name__] = forward
-    return forward
-
-
-def refused(reason):
-    def register(forward):
-        REFUSED[forward.__name__] = (forward, reason)
-        return forward
-
-    return register
+_REGISTRY = Registry()
+PROVED, REFUSED = _REGISTRY.PROVED, _REGISTRY.REFUSED
+proved, refused = _REGISTRY.proved, _REGISTRY.refused
 
 
 def make_cell(forward=None, k=1, reduction=False, reduction_prev=False, steps=2, **attributes):

@@ -13,24 +13,13 @@ import random
 import stock
 import torch
 import torch.nn.functional as F
+from foreign_registry import Registry
 
 SCALE = 1.0
 VERBOSE = False
-PROVED = {}
-REFUSED = {}
-
-
-def proved(forward):
-    PROVED[forward.__name__] = forward
-    return forward
-
-
-def refused(reason):
-    def register(forward):
-        REFUSED[forward.__name__] = (forward, reason)
-        return forward
-
-    return register
+_REGISTRY = Registry()
+PROVED, REFUSED = _REGISTRY.PROVED, _REGISTRY.REFUSED
+proved, refused = _REGISTRY.proved, _REGISTRY.refused
 
 
 def mixed_op(forward, primitives=("none", "skip_connect", "dil_conv_3x3")):

@@ -30,7 +30,6 @@ def config(method: str, nodes: int = 3, **fields: object) -> SearchConfig:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_searches_and_prunes(method: str) -> None:
     search = search_tiny.run(config(method))
-    before = search.learner.supernet.state_dict()
     genotype = search.genotype()
     assert isinstance(genotype, Genotype) and len(genotype.nodes) == 2
     (record,) = search.history
@@ -39,7 +38,6 @@ def test_every_method_searches_and_prunes(method: str) -> None:
     assert Genotype.from_dict(record["genotype"]) == genotype
     alpha = search.arch.alpha("normal")
     assert alpha.shape == (3, 5 - (method in ("da2s", "entrannas", "entrannas_dst")))
-    torch.testing.assert_close(search.learner.supernet.state_dict(), before)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,18 @@ class Block:
     input_shape: tuple[int, int, int]
     build: Callable[[], nn.Module] = field(compare=False, repr=False)
 
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        inputs: tuple[int, int, int],
+        outputs: tuple[int, ...],
+        build: Callable[[], nn.Module],
+        **details: int | str,
+    ) -> Block:
+        """Take the key of these (``block_key``)."""
+        return cls(block_key(kind, inputs, outputs, **details), inputs, build)
+
 
 @dataclass(frozen=True)
 class MixedEdge:

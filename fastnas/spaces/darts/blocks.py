@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -19,7 +19,6 @@ from fastnas.spaces.blocks import (
     BlockRules,
     MixedEdge,
     NetworkShape,
-    block_key,
 )
 from fastnas.spaces.darts.backbone import (
     LayerPlan,
@@ -185,13 +184,13 @@ def _ends(shape: DartsShape) -> list[Block]:
     size, width = shape.image_size, _multiplier(shape) * shape.C
     images = (shape.in_channels, size, size)
     if shape.stem == "cifar":
-        blocks = [_block("stem", images, (width, size, size), lambda: stem().stem)]
+        blocks = [Block.of("stem", images, (width, size, size), lambda: stem().stem)]
     else:
         quarter, eighth = (size + 3) // 4, (size + 7) // 8
         first, second = (width, quarter, quarter), (width, eighth, eighth)
         blocks = [
-            _block("stem0", images, first, lambda: stem().stem0),
-            _block("stem1", first, second, lambda: stem().stem1),
+            Block.of("stem0", images, first, lambda: stem().stem0),
+            Block.of("stem1", first, second, lambda: stem().stem1),
         ]
         size = eighth
     layers = _layers(shape)
@@ -199,7 +198,7 @@ def _ends(shape: DartsShape) -> list[Block]:
     channels = len(_CONCAT) * layers[-1].C
     head = (channels, size, size)
     blocks.append(
-        _block(
+        Block.of(
             "classifier",
             head,
             (shape.num_classes,),
@@ -223,7 +222,7 @@ def _cells(shape: DartsShape) -> Iterator[_CellBlocks]:
             "reduce" if layer.reduction else "normal",
             (
                 *_preprocess(layer, before, size),
-                _block("node_sums", nodes, (len(_CONCAT) * layer.C, inside, inside), NodeSums),
+                Block.of("node_sums", nodes, (len(_CONCAT) * layer.C, inside, inside), NodeSums),
             ),
             (inputs, inputs if stride == 1 else _operations(nodes, nodes, 1)),
         )
@@ -234,13 +233,13 @@ def _preprocess(layer: LayerPlan, before: int, size: int) -> tuple[Block, Block]
     kind = "factorized_reduce" if layer.reduction_prev else "relu_conv_bn"
     out = (layer.C, size, size)
     return (
-        _block(
+        Block.of(
             kind,
             (layer.C_prev_prev, before, before),
             out,
             lambda: preprocess_layers(layer, affine=True)[0],
         ),
-        _block(
+        Block.of(
             "relu_conv_bn",
             (layer.C_prev, size, size),
             out,
@@ -258,15 +257,5 @@ def _operations(
         # An identity is the tensor itself, and ``none`` never reaches a derived network.
         empty = name == "none" or (name == "skip_connect" and stride == 1)
         build = partial(build_candidate, name, inputs[0], stride, affine=True)
-        found[name] = None if empty else _block(name, inputs, outputs, build, stride=stride)
+        found[name] = None if empty else Block.of(name, inputs, outputs, build, stride=stride)
     return found
-
-
-def _block(
-    kind: str,
-    inputs: tuple[int, int, int],
-    outputs: tuple[int, ...],
-    build: Callable[[], nn.Module],
-    **details: int,
-) -> Block:
-    return Block(block_key(kind, inputs, outputs, **details), inputs, build)

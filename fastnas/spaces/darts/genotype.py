@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastnas.spaces.darts.reading import (
     FIELDS,
@@ -17,13 +17,12 @@ from fastnas.spaces.darts.reading import (
     check_concat,
     check_inputs,
     check_keys,
-    check_length,
     check_pairs,
     flatten,
     is_nested,
     parse_call,
-    short,
 )
+from fastnas.spaces.genotype_file import JSONGenotype, short
 
 __all__ = ["GENOTYPES", "Genotype"]
 
@@ -36,7 +35,7 @@ Node = tuple[Pair, ...]
 
 
 @dataclass(frozen=True)
-class Genotype:
+class Genotype(JSONGenotype):
     """A normal and a reduction cell: for each intermediate node its (op, source) pairs.
 
     Sources are states: 0 and 1 are the outputs of the two cells before, 2, 3, ... the
@@ -64,6 +63,8 @@ class Genotype:
     reduce_concat: tuple[int, ...]
     normal_inputs: tuple[int, ...] = ()
     reduce_inputs: tuple[int, ...] = ()
+
+    MAX_TEXT: ClassVar[int] = MAX_TEXT
 
     def __post_init__(self) -> None:
         """Check every entry and turn lists and ranges into tuples."""
@@ -182,24 +183,6 @@ class Genotype:
                 values[cell], values[f"{cell}_inputs"] = flatten(cell, values[cell])
         return cls(**values)
 
-    def to_json(self) -> str:
-        """Return ``to_dict`` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Genotype:
-        """Read what ``to_json`` returned.
-
-        Raises:
-            ValueError: not JSON, too long, or not a genotype.
-        """
-        check_length(text)
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"genotype: not JSON ({error})") from None
-        return cls.from_dict(data)
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON file; a reader sees the old file or the whole new one, never a part."""
         path = Path(path)
@@ -212,24 +195,6 @@ class Genotype:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Genotype:
-        """Read a JSON file that ``save`` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is not a genotype; the message names it.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"genotype file {str(path)!r} does not exist")
-        with path.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(MAX_TEXT + 1)
-        try:
-            return cls.from_json(text)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
 
 def _concat_text(concat: tuple[int, ...]) -> str:

@@ -7,6 +7,7 @@ import ast
 from typing import Any
 
 from fastnas.nn.candidates import candidate_names
+from fastnas.spaces.genotype_file import check_length, short
 
 __all__ = [
     "FIELDS",
@@ -15,12 +16,10 @@ __all__ = [
     "check_concat",
     "check_inputs",
     "check_keys",
-    "check_length",
     "check_pairs",
     "flatten",
     "is_nested",
     "parse_call",
-    "short",
 ]
 
 FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
@@ -30,20 +29,6 @@ _MAX_NODES = 64
 _MAX_INPUTS = 64
 
 Pair = tuple[str, int]
-
-
-def short(value: object) -> str:
-    """A value for a message, not too long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def check_length(text: object) -> None:
-    """Refuse what is no text, or too long for a genotype."""
-    if not isinstance(text, str):
-        raise ValueError(f"genotype: wanted text, got {type(text).__name__}")
-    if len(text) > MAX_TEXT:
-        raise ValueError(f"genotype: text of more than {MAX_TEXT} characters")
 
 
 def check_keys(keys: set[Any]) -> None:
@@ -149,7 +134,7 @@ def check_concat(name: str, concat: object, nodes: int) -> tuple[int, ...]:
 
 def parse_call(text: str) -> dict[str, Any]:
     """The fields of ``Genotype(name=value, ...)``: lists, strings and integers."""
-    check_length(text)
+    check_length(text, MAX_TEXT)
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):

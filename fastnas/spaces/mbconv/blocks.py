@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Generator, nn
+from torch import Generator
 
 from fastnas.spaces.blocks import (
     Block,
@@ -16,7 +16,6 @@ from fastnas.spaces.blocks import (
     BlockRules,
     MixedEdge,
     NetworkShape,
-    block_key,
 )
 from fastnas.spaces.mbconv.genotype import Genotype, MBBlock
 from fastnas.spaces.mbconv.layers import ConvLayer, LinearLayer
@@ -111,7 +110,7 @@ def _chain(genotype: Genotype, size: int) -> Iterator[Block | None]:
     stem, head = genotype.stem_channels, genotype.head_channels
     inputs = (genotype.in_channels, size, size)
     size = _strided(size, genotype.stem_stride)
-    yield _block(
+    yield Block.of(
         "stem",
         inputs,
         (stem, size, size),
@@ -121,10 +120,10 @@ def _chain(genotype: Genotype, size: int) -> Iterator[Block | None]:
         yield _mb_block(block, size)
         size = _strided(size, block.stride)
     width = genotype.blocks[-1].out_channels
-    yield _block(
+    yield Block.of(
         "feature_mix", (width, size, size), (head, size, size), partial(ConvLayer, width, head, 1)
     )
-    yield _block(
+    yield Block.of(
         "classifier",
         (head, size, size),
         (genotype.num_classes,),
@@ -136,7 +135,7 @@ def _mb_block(block: MBBlock, size: int) -> Block | None:
     if block.skipped:
         return None
     after = _strided(size, block.stride)
-    return _block(
+    return Block.of(
         "mbconv",
         (block.in_channels, size, size),
         (block.out_channels, after, after),
@@ -151,13 +150,3 @@ def _mb_block(block: MBBlock, size: int) -> Block | None:
 def _strided(size: int, stride: int) -> int:
     """Rows that a convolution with an odd kernel and half of it as padding leaves."""
     return (size - 1) // stride + 1
-
-
-def _block(
-    kind: str,
-    inputs: tuple[int, int, int],
-    outputs: tuple[int, ...],
-    build: Callable[[], nn.Module],
-    **details: int | str,
-) -> Block:
-    return Block(block_key(kind, inputs, outputs, **details), inputs, build)

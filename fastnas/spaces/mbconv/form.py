@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fastnas.spaces.genotype_file import short
+
 if TYPE_CHECKING:
     from fastnas.spaces.mbconv.genotype import Genotype, MBBlock
 
@@ -207,7 +209,7 @@ class _Node:
     def __init__(self, data: Any, path: str) -> None:
         if not isinstance(data, Mapping):
             what = path or "the file"
-            raise ValueError(f"genotype: {what} is {_short(data)}, wanted an object")
+            raise ValueError(f"genotype: {what} is {short(data)}, wanted an object")
         self._data, self._path = data, path
 
     def get(self, key: str) -> Any:
@@ -265,7 +267,7 @@ class _Node:
         )
 
     def wrong(self, key: str, wanted: str) -> None:
-        found = _short(self.value(key))
+        found = short(self.value(key))
         raise ValueError(f"genotype: {self._at(key)} is {found}, wanted {wanted}")
 
     def _checked(self, key: str, good: Callable[[Any], bool], wanted: str) -> Any:
@@ -276,8 +278,3 @@ class _Node:
 
     def _at(self, key: str) -> str:
         return f"{self._path}.{key}" if self._path else key
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -6,21 +6,16 @@ The file is the ``net.config`` of the released code of ProxylessNAS, see ``form`
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from fastnas.spaces.genotype_file import JSONGenotype
 from fastnas.spaces.mbconv.form import read_network, write_network
 from fastnas.spaces.mbconv.layers import BN_EPS, BN_MOMENTUM
 from fastnas.spaces.mbconv.layout import ZERO, Layout, Place, kernel_and_expansion
 
 __all__ = ["Genotype", "MBBlock"]
-
-_MAX_TEXT = 1_000_000
-"""Characters of a genotype's file; a real one has about 15,000."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class MBBlock:
 
 
 @dataclass(frozen=True)
-class Genotype:
+class Genotype(JSONGenotype):
     """A whole network: stem, blocks, head, with all widths.
 
     Attributes:
@@ -92,6 +87,9 @@ class Genotype:
     dropout: float = 0.0
     bn_momentum: float = BN_MOMENTUM
     bn_eps: float = BN_EPS
+
+    MAX_TEXT: ClassVar[int] = 1_000_000
+    """A real one has about 15,000."""
 
     def __post_init__(self) -> None:
         """Check that the blocks fit each other."""
@@ -181,43 +179,6 @@ class Genotype:
         """
         fields, blocks = read_network(data)
         return cls(blocks=tuple(MBBlock(**block) for block in blocks), **fields)
-
-    def to_json(self) -> str:
-        """Return ``to_dict`` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Genotype:
-        """Read what ``to_json`` returned.
-
-        Raises:
-            ValueError: not JSON, too long, or not such a network.
-        """
-        if len(text) > _MAX_TEXT:
-            raise ValueError(f"genotype: text of more than {_MAX_TEXT} characters")
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"genotype: not JSON ({error})") from None
-        return cls.from_dict(data)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Genotype:
-        """Read a JSON file.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is no such network; the message names it.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"genotype file {str(path)!r} does not exist")
-        with path.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(_MAX_TEXT + 1)
-        try:
-            return cls.from_json(text)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
 
 def _stride(stride: int) -> str:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
@@ -18,7 +18,6 @@ from fastnas.spaces.blocks import (
     BlockRules,
     MixedEdge,
     NetworkShape,
-    block_key,
 )
 from fastnas.spaces.nasbench201.backbone import ResidualReduction, check_size, plan_cells
 from fastnas.spaces.nasbench201.genotype import PRIMITIVES, Genotype, check_nodes
@@ -129,23 +128,23 @@ def _fixed(shape: NASBench201Shape) -> Iterator[Block]:
         """A network with nothing in its cells, to take the ends from."""
         return network(Genotype.from_ops(["none"]), shape)
 
-    yield _block("stem", images, (shape.C, size, size), lambda: whole().stem)
+    yield Block.of("stem", images, (shape.C, size, size), lambda: whole().stem)
     for width, reduction in plan_cells(shape.C, shape.layers):
         if reduction:
             before, size = (width // 2, size, size), size // 2
             build = partial(ResidualReduction, width // 2)
-            yield _block("residual_reduction", before, (width, size, size), build)
+            yield Block.of("residual_reduction", before, (width, size, size), build)
         if shape.nodes > 2:
             inside = (width, size, size)
             sums = partial(NodeSums, shape.nodes)
-            yield _block("node_sums", inside, inside, sums, nodes=shape.nodes)
+            yield Block.of("node_sums", inside, inside, sums, nodes=shape.nodes)
     last = (width, size, size)
 
     def head() -> nn.Module:
         n = whole()
         return nn.Sequential(n.lastact, n.global_pooling, nn.Flatten(1), n.classifier)
 
-    yield _block("classifier", last, (classes,), head)
+    yield Block.of("classifier", last, (classes,), head)
 
 
 def _operations(shape: NASBench201Shape) -> Iterator[dict[str, Block | None]]:
@@ -154,19 +153,9 @@ def _operations(shape: NASBench201Shape) -> Iterator[dict[str, Block | None]]:
     for width, reduction in plan_cells(shape.C, shape.layers):
         size = size // 2 if reduction else size
         inside = (width, size, size)
-        yield {
-            name: None
-            if name in ("none", "skip_connect")
-            else _block(name, inside, inside, partial(build_candidate, name, width, 1, affine=True))
-            for name in PRIMITIVES
-        }
-
-
-def _block(
-    kind: str,
-    inputs: tuple[int, int, int],
-    outputs: tuple[int, ...],
-    build: Callable[[], nn.Module],
-    **details: int,
-) -> Block:
-    return Block(block_key(kind, inputs, outputs, **details), inputs, build)
+        found: dict[str, Block | None] = {"none": None, "skip_connect": None}
+        for name in PRIMITIVES:
+            if name not in found:
+                build = partial(build_candidate, name, width, 1, affine=True)
+                found[name] = Block.of(name, inside, inside, build)
+        yield found

@@ -7,15 +7,13 @@ stand the nodes 1, 2 and 3, and ``op~i`` is the operation on the edge from node 
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastnas.spaces.base import check_positive
+from fastnas.spaces.genotype_file import JSONGenotype, check_length, short
 
 __all__ = ["GENOTYPES", "PRIMITIVES", "Genotype"]
 
@@ -30,13 +28,11 @@ PRIMITIVES: tuple[str, ...] = (
 
 _FORMAT, _VERSION, _SPACE = "fastnas.genotype", 1, "nasbench201"
 _MAX_NODES = 16
-_MAX_TEXT = 10_000
-"""Characters of a genotype's text or file; one of 16 nodes has about 2,000."""
 _EDGE = re.compile(r"([a-z0-9_]{1,20})~(\d{1,2})", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Genotype:
+class Genotype(JSONGenotype):
     """A cell in which every node has one operation from each node before it.
 
     Node 0 is the input, the last node the output. The operation ``none`` is that an edge is not
@@ -51,23 +47,26 @@ class Genotype:
 
     nodes: tuple[tuple[str, ...], ...]
 
+    MAX_TEXT: ClassVar[int] = 10_000
+    """One of 16 nodes has about 2,000."""
+
     def __post_init__(self) -> None:
         """Check every entry and turn lists into tuples."""
         if not isinstance(self.nodes, (list, tuple)) or not 1 <= len(self.nodes) < _MAX_NODES:
             raise ValueError(
                 f"genotype: wanted the operations of 1 to {_MAX_NODES - 1} nodes behind the input, "
-                f"got {_short(self.nodes)}"
+                f"got {short(self.nodes)}"
             )
         for number, node in enumerate(self.nodes, 1):
             if not isinstance(node, (list, tuple)) or len(node) != number:
                 raise ValueError(
-                    f"genotype: node {number} is {_short(node)}, wanted {number} operations, one "
+                    f"genotype: node {number} is {short(node)}, wanted {number} operations, one "
                     "from each node before it"
                 )
             for op in node:
                 if op not in PRIMITIVES:
                     raise ValueError(
-                        f"genotype: node {number} has the unknown operation {_short(op)}, "
+                        f"genotype: node {number} has the unknown operation {short(op)}, "
                         f"known are {', '.join(PRIMITIVES)}"
                     )
         object.__setattr__(self, "nodes", tuple(map(tuple, self.nodes)))
@@ -118,22 +117,19 @@ class Genotype:
         Raises:
             ValueError: the text is anything else.
         """
-        if not isinstance(text, str):
-            raise ValueError(f"genotype: wanted text, got {type(text).__name__}")
-        if len(text) > _MAX_TEXT:
-            raise ValueError(f"genotype: text of more than {_MAX_TEXT} characters")
+        check_length(text, cls.MAX_TEXT)
         nodes = []
         for number, part in enumerate(text.strip().split("+"), 1):
             found = [_EDGE.fullmatch(edge) for edge in part[1:-1].split("|")]
             if len(part) < 2 or part[0] != "|" or part[-1] != "|" or None in found:
                 raise ValueError(
-                    f"genotype: node {number} is {_short(part)}, wanted |op~0|op~1|...| with plus "
+                    f"genotype: node {number} is {short(part)}, wanted |op~0|op~1|...| with plus "
                     "signs between the nodes"
                 )
             pairs = [match.groups() for match in found if match is not None]
             if [source for _, source in pairs] != [str(source) for source in range(number)]:
                 raise ValueError(
-                    f"genotype: node {number} is {_short(part)}, wanted one operation from each of "
+                    f"genotype: node {number} is {short(part)}, wanted one operation from each of "
                     f"the nodes 0 to {number - 1}, in this order"
                 )
             nodes.append(tuple(op for op, _ in pairs))
@@ -155,49 +151,12 @@ class Genotype:
         for key, wanted in (("format", _FORMAT), ("version", _VERSION), ("space", _SPACE)):
             found = data.get(key)
             if isinstance(found, bool) or found != wanted:
-                raise ValueError(f"genotype: {key} is {_short(found)}, wanted {wanted!r}")
+                raise ValueError(f"genotype: {key} is {short(found)}, wanted {wanted!r}")
         if unknown := sorted(map(str, set(data) - {"format", "version", "space", "cell"})):
-            raise ValueError(f"genotype: unknown field {_short(unknown[0])}")
+            raise ValueError(f"genotype: unknown field {short(unknown[0])}")
         if "cell" not in data:
             raise ValueError("genotype: cell is missing")
         return cls.parse(data["cell"])
-
-    def to_json(self) -> str:
-        """Return ``to_dict`` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Genotype:
-        """Read what ``to_json`` returned.
-
-        Raises:
-            ValueError: not JSON, too long, or not a genotype.
-        """
-        if len(text) > _MAX_TEXT:
-            raise ValueError(f"genotype: text of more than {_MAX_TEXT} characters")
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"genotype: not JSON ({error})") from None
-        return cls.from_dict(data)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Genotype:
-        """Read a JSON file.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is not a genotype; the message names it.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"genotype file {str(path)!r} does not exist")
-        with path.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(_MAX_TEXT + 1)
-        try:
-            return cls.from_json(text)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
 
 def check_nodes(nodes: int) -> None:
@@ -205,11 +164,6 @@ def check_nodes(nodes: int) -> None:
     check_positive(nodes=nodes)
     if not 2 <= nodes <= _MAX_NODES:
         raise ValueError(f"nodes must be from 2 (input and output) to {_MAX_NODES}, got {nodes}")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 _NONE, _SKIP, _C1, _C3, _AVG = PRIMITIVES
