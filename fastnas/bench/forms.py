@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +180,6 @@ def compiled(scene: Scene, config: BenchConfig, seconds: float) -> tuple[Form, l
     form = Form("stock, torch.compile", network, scene, layout, stock=True)
     if not seconds:
         raise LeftOut("no seconds were given to it")
-    _import_compiler()
     try:
         torch._dynamo.reset()
         # Beyond its limit of shapes the compiler would let the rest run as it is, without a word.
@@ -200,13 +199,6 @@ def compiled(scene: Scene, config: BenchConfig, seconds: float) -> tuple[Form, l
         raise LeftOut(f"it failed: {first}") from None
 
 
-def _import_compiler() -> None:
-    """Import what the compiler will: stopped amidst an import, it would fail from then on."""
-    for name in ("networkx", "sympy", "torch._inductor.compile_fx"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-
-
 class _Expired(BaseException):
     """The time is up. No Exception: the compiler would take it for a mistake of its own."""
 
@@ -219,14 +211,16 @@ def _limited(seconds: float) -> Iterator[None]:
 
     expired = False
 
-    def expire(number: int, frame: object) -> None:
+    def expire(number: int, frame: FrameType | None) -> None:
         nonlocal expired
+        if _imports(frame):
+            return  # a module half made would fail for good: the next time
         expired = True
         raise _Expired
 
     before = signal.signal(signal.SIGALRM, expire)
     # Again and again: what is raised in the callback of a weak reference, Python only prints.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
     try:
         yield
     except Exception as error:
@@ -237,3 +231,12 @@ def _limited(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether ``frame`` runs within an import."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
