@@ -94,4 +94,10 @@ TORCH_LIBRARY(fastnas, m) {
       "int kind, float eps, Tensor? gamma, Tensor? beta, Tensor[] depthwise, Tensor[] pointwise, "
       "int[] dilations, int stride, bool need_x, bool need_norm, int[] need_depthwise, int[] "
       "need_pointwise) -> (Tensor, Tensor[], Tensor[], Tensor, Tensor)");
+
+  // 3x3, padding 1: the maximum, and the average of what is inside the image. x may be empty without grad_max.
+  m.def("pool_pair(Tensor x, int stride) -> (Tensor, Tensor)");
+  m.def(
+      "pool_pair_backward(Tensor? grad_max, Tensor? grad_avg, Tensor x, int[] size, int stride) -> "
+      "Tensor");
 }

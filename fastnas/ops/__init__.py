@@ -8,6 +8,7 @@ from fastnas.ops.mixed_batch_norm import mixed_batch_norm
 from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.multi_target_sum import multi_target_sum
 from fastnas.ops.partial_channel_mix import partial_channel_mix
+from fastnas.ops.pool_pair import pool_pair
 from fastnas.ops.sample_paths import Paths, sample_paths
 from fastnas.ops.separable_group import separable_group
 from fastnas.ops.sparse_connections import sparse_connections
@@ -21,6 +22,7 @@ __all__ = [
     "mixed_sum",
     "multi_target_sum",
     "partial_channel_mix",
+    "pool_pair",
     "sample_paths",
     "separable_group",
     "sparse_connections",

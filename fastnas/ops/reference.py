@@ -229,6 +229,22 @@ def depthwise_group(
     ]
 
 
+def pool_pair(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Maximum and average over windows of 3x3, padding 1: two candidates of DARTS.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        stride: of both.
+
+    Returns:
+        Two tensors ``(N, C, H', W')``; averages are over the pixels inside the image.
+    """
+    wide = x.to(accumulate_dtype(x.dtype))
+    top = F.max_pool2d(wide, 3, stride, 1)
+    mean = F.avg_pool2d(wide, 3, stride, 1, count_include_pad=False)
+    return top.to(x.dtype), mean.to(x.dtype)
+
+
 def batch_norm_depthwise(
     x: Tensor,
     kind: int,

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// Maximum and average over the same windows. The image is cut into slabs of rows that fit the second-level cache; each
+// is packed (planes.h) and read once. The backward looks for the maxima again, which costs less than to keep them.
+#include "pools.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "../pools.h"
+#include "aligned.h"
+#include "dispatch.h"
+#include "planes.h"
+
+namespace fastnas {
+
+namespace {
+
+constexpr int64_t kSlabPixels = 1024;  // of an output: what is packed at once
+constexpr int64_t kGrain = 4096;       // pixels of vectors: enough work for a thread
+
+template <typename T>
+class PoolPair {
+ public:
+  using acc_t = acc_type<T>;
+
+  PoolPair(const Pools& p, bool columns)
+      : p_(p), planes_(plane_kernels<T>()), pools_(pool_kernels<acc_t>()), L_(planes_.lanes) {
+    source_ = {p.N * p.C, p.C, p.H, p.W, columns || p.H * p.W == 1};
+    output_ = {p.N * p.C, p.C, p.oh, p.ow, columns || p.oh * p.ow == 1};
+    slab_ = std::clamp<int64_t>(kSlabPixels / p.ow, 1, p.oh);
+    slabs_ = (p.oh + slab_ - 1) / slab_;
+  }
+
+  void forward(const T* x, T* max, T* avg) const {
+    const int64_t rows = source_rows(slab_);
+    parallel([&](int64_t begin, int64_t end) {
+      AlignedVector<acc_t> in(rows * p_.W * L_), best(rows * p_.ow * L_), sum(rows * p_.ow * L_);
+      AlignedVector<acc_t> top(slab_ * p_.ow * L_), mean(slab_ * p_.ow * L_);
+      AlignedVector<T> scratch(std::max(p_.W, slab_ * p_.ow) * L_);
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t plane = unit / slabs_ * L_, first = unit % slabs_ * slab_;
+        const PoolRows r = rows_of(first, std::min(first + slab_, p_.oh));
+        load(x, source_, plane, r.top, r.bottom, in, scratch);
+        pools_.pool(r, in.data(), best.data(), sum.data(), top.data(), mean.data());
+        for (const auto& [from, to] : {std::pair{&top, max}, std::pair{&mean, avg}})
+          planes_.unpack(output_, from->data(), plane, first, r.last - first, to, scratch.data());
+      }
+    });
+  }
+
+  // g_max or g_avg may be null; x is not read without g_max.
+  void backward(const T* x, const T* g_max, const T* g_avg, T* dx) const {
+    const int64_t windows = std::min(slab_ + 2, p_.oh), rows = source_rows(windows);
+    const int64_t wide = (p_.ow + 2) * L_, given = windows * p_.ow * L_;
+    parallel([&](int64_t begin, int64_t end) {
+      AlignedVector<acc_t> in(g_max ? rows * p_.W * L_ : 0), best(g_max ? rows * wide : 0);
+      AlignedVector<acc_t> column(g_max ? rows * wide : 0, acc_t(-1)), choice(windows * wide);
+      AlignedVector<acc_t> top(g_max ? given : 0), mean(g_avg ? given : 0), spread(2 * wide);
+      AlignedVector<acc_t> out(p_.stride * slab_ * p_.W * L_);
+      AlignedVector<T> scratch(std::max(p_.W, p_.stride * slab_ * p_.W) * L_);
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t plane = unit / slabs_ * L_, slab = unit % slabs_ * slab_;
+        const int64_t row0 = p_.stride * slab;
+        const int64_t row1 = std::min(p_.stride * (slab + slab_), p_.H);
+        const PoolRows r = rows_of(p_.stride == 1 ? std::max<int64_t>(slab - 1, 0) : slab,
+                                   std::min(slab + slab_ + 1, p_.oh));
+        if (g_max) {
+          load(x, source_, plane, r.top, r.bottom, in, scratch);
+          load(g_max, output_, plane, r.first, r.last, top, scratch);
+        }
+        if (g_avg) load(g_avg, output_, plane, r.first, r.last, mean, scratch);
+        pools_.gradient(r, row0, row1, in.data(), g_max ? top.data() : nullptr,
+                        g_avg ? mean.data() : nullptr, best.data(), column.data(), choice.data(),
+                        spread.data(), out.data());
+        planes_.unpack(source_, out.data(), plane, row0, row1 - row0, dx, scratch.data());
+      }
+    });
+  }
+
+ private:
+  // The most rows of x that so many rows of windows have.
+  int64_t source_rows(int64_t windows) const {
+    return std::min(p_.stride * (windows - 1) + 3, p_.H);
+  }
+
+  PoolRows rows_of(int64_t first, int64_t last) const {
+    PoolRows r{p_.H, p_.W, p_.oh, p_.ow, p_.stride, first, last, 0, 0};
+    r.top = r.begin(first);
+    r.bottom = r.end(last - 1);
+    return r;
+  }
+
+  void load(const T* from, const Planes& planes, int64_t plane, int64_t begin, int64_t end,
+            AlignedVector<acc_t>& to, AlignedVector<T>& scratch) const {
+    planes_.pack(planes, from, plane, begin, end - begin, to.data(), planes.W, false,
+                 scratch.data());
+  }
+
+  template <typename F>
+  void parallel(F&& f) const {
+    const int64_t units = (p_.N * p_.C + L_ - 1) / L_ * slabs_;
+    at::parallel_for(0, units, std::max<int64_t>(kGrain / (slab_ * p_.ow), 1), f);
+  }
+
+  Pools p_;
+  const PlaneKernels<T>& planes_;
+  const PoolKernels<acc_t>& pools_;
+  int64_t L_;
+  Planes source_, output_;
+  int64_t slab_, slabs_;
+};
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> pool_pair_cpu(const at::Tensor& x, int64_t stride) {
+  const char* op = "pool_pair";
+  check_floating(op, "x", x);
+  const Pools p = check_pools(op, x.sizes(), stride);
+  const at::MemoryFormat format = memory_format(x);
+  const at::Tensor source = as_operand(x, x.scalar_type(), format);
+  at::Tensor max = at::empty({p.N, p.C, p.oh, p.ow}, x.options(), format);
+  at::Tensor avg = at::empty({p.N, p.C, p.oh, p.ow}, x.options(), format);
+  if (max.numel() == 0) return {max, avg};
+  dispatch(op, x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    PoolPair<T>(p, format != at::MemoryFormat::Contiguous)
+        .forward(const_pointer<T>(source), static_cast<T*>(max.mutable_data_ptr()),
+                 static_cast<T*>(avg.mutable_data_ptr()));
+  });
+  return {max, avg};
+}
+
+at::Tensor pool_pair_backward_cpu(const std::optional<at::Tensor>& grad_max,
+                                  const std::optional<at::Tensor>& grad_avg, const at::Tensor& x,
+                                  at::IntArrayRef size, int64_t stride) {
+  const char* op = "pool_pair_backward";
+  const Pools p = check_pools_backward(op, grad_max ? &*grad_max : nullptr,
+                                       grad_avg ? &*grad_avg : nullptr, x, size, stride);
+  const at::Tensor& like = grad_max ? *grad_max : *grad_avg;
+  const at::ScalarType dtype = like.scalar_type();
+  const at::MemoryFormat format = memory_format(x.dim() == 4 ? x : like);
+  at::Tensor source, top, mean;
+  if (grad_max) source = as_operand(x, dtype, format);
+  if (grad_max) top = as_operand(*grad_max, dtype, format);
+  if (grad_avg) mean = as_operand(*grad_avg, dtype, format);
+  at::Tensor dx = at::empty({p.N, p.C, p.H, p.W}, like.options(), format);
+  if (dx.numel() == 0) return dx;
+  dispatch(op, dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const auto pointer = [](const at::Tensor& t) {
+      return t.defined() ? const_pointer<T>(t) : nullptr;
+    };
+    PoolPair<T>(p, format != at::MemoryFormat::Contiguous)
+        .backward(pointer(source), pointer(top), pointer(mean),
+                  static_cast<T*>(dx.mutable_data_ptr()));
+  });
+  return dx;
+}
+
+}  // namespace fastnas
+
+TORCH_LIBRARY_IMPL(fastnas, CPU, m) {
+  m.impl("pool_pair", &fastnas::pool_pair_cpu);
+  m.impl("pool_pair_backward", &fastnas::pool_pair_backward_cpu);
+}
