@@ -46,8 +46,8 @@ inline Pools check_pools_backward(const char* op, const at::Tensor* g_max, const
                       " on ", g->device());
   }
   check_floating(op, "x", x);
-  TORCH_CHECK_VALUE((x.numel() == 0 && !g_max) || (x.sizes() == at::IntArrayRef(shape) &&
-                                                   x.device() == first.device()),
+  TORCH_CHECK_VALUE((x.numel() == 0 && !g_max) ||
+                        (x.sizes() == at::IntArrayRef(shape) && x.device() == first.device()),
                     op, ": expected x of shape ", at::IntArrayRef(shape), " on ", first.device(),
                     g_max ? "" : " or empty", ", but got ", x.sizes(), " on ", x.device());
   return p;

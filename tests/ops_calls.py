@@ -119,6 +119,19 @@ def depthwise_group(device, layout="contiguous", dtype=torch.float32, shape=SHAP
     return Call([x, *weights, *grads], run)
 
 
+def pool_pair(device, layout="contiguous", dtype=torch.float32, shape=SHAPE, stride=1):
+    x = cases.make(shape, dtype, layout, device).requires_grad_()
+    out = (*shape[:2], *((size + stride - 1) // stride for size in shape[2:]))
+    grads = [cases.make(out, dtype, layout, device, seed=30 + i) for i in range(2)]
+
+    def run(inputs):
+        x, *grads = inputs
+        ys = ops.pool_pair(x, stride)
+        return [*ys, *torch.autograd.grad(ys, [x], grads)]
+
+    return Call([x, *grads], run)
+
+
 def separable_group(device, layout="contiguous", dtype=torch.float32, shape=SHAPE, stride=1):
     channels, dilations = shape[1], (1, 2)
     x = cases.make(shape, dtype, layout, device).requires_grad_()
@@ -188,6 +201,8 @@ CALLS = {
     "gate_gradient": gate_gradient,
     "depthwise_group": depthwise_group,
     "depthwise_group, stride 2": lambda device, **kw: depthwise_group(device, stride=2, **kw),
+    "pool_pair": pool_pair,
+    "pool_pair, stride 2": lambda device, **kw: pool_pair(device, stride=2, **kw),
     "separable_group": separable_group,
     "separable_group, stride 2": lambda device, **kw: separable_group(device, stride=2, **kw),
     "sample_paths": lambda device, layout="", dtype=None, shape=SHAPE: sample_paths(device),

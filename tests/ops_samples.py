@@ -91,6 +91,7 @@ def samples(device):
     yield "empty", "sparse_connections", cell
     yield "empty", "sparse_connections_backward", (alpha[:0], *cell, False)
     yield from depthwise_samples(device)
+    yield from pool_samples(device)
     yield from norm_depthwise_samples(device)
     yield from separable_samples(device)
 
@@ -144,6 +145,23 @@ def depthwise_samples(device):
     yield "empty", "depthwise_group", (empty, kernels[:1], [1], 1, True)
     arguments = ([empty], [1], empty, [4, 5], kernels[:1], [1], 1, True, True, [1])
     yield "empty", "depthwise_group_backward", arguments
+
+
+def pool_samples(device):
+    """Arguments of the two ops of pool_pair: both gradients, either, without x."""
+    for layout in ("contiguous", "channels_last", "sliced_last", "expanded"):
+        for dtype in (F32, BF16):
+            for stride, (h, w) in ((1, (4, 5)), (2, (7, 10))):
+                x = tensors(1, (2, 3, h, w), device, (dtype,), (layout,))[0]
+                a, b = tensors(2, (2, 3, 4, 5), device, (dtype,), (layout,))
+                name, tail = f"{layout}-{cases.ids(dtype)}-{stride}", ([h, w], stride)
+                yield name, "pool_pair", (x, stride)
+                yield name, "pool_pair_backward", (a, b, x, *tail)
+                yield f"max-{name}", "pool_pair_backward", (a, None, x, *tail)
+                yield f"unsaved-{name}", "pool_pair_backward", (None, b, x.new_empty(0), *tail)
+    empty = tensors(1, (0, 3, 4, 5), device)[0]
+    yield "empty", "pool_pair", (empty, 1)
+    yield "empty", "pool_pair_backward", (empty, empty, empty, [4, 5], 1)
 
 
 def norm_depthwise_samples(device):

@@ -43,6 +43,8 @@ def mixing_calls(count, shape, dtype, layout):
     for stride in (1, 2):
         ys = ops.depthwise_group(xs[0], kernels, [1, 1, 2], stride)
         yield f"depthwise_group/{stride}", torch.stack(ys), [xs[0], *kernels]
+    for stride in (1, 2):
+        yield f"pool_pair/{stride}", torch.stack(ops.pool_pair(xs[0], stride)), xs[:1]
     if n * h * w > 1 or n * h * w == 0:
         norm = cases.make_norms(3, c)[2]
         (y,) = ops.batch_norm_depthwise(xs[0], norm, kernels[:1], [1])
@@ -125,6 +127,8 @@ def large_calls(layout):
         "depthwise_group_backward": lambda: raw.depthwise_group_backward(
             [grad, grad], [1, 1], xs[0], [32, 32], kernels, [1, 2], 1, True, True, [1, 1]
         ),
+        "pool_pair": lambda: ops.pool_pair(xs[0]),
+        "pool_pair_backward": lambda: raw.pool_pair_backward(grad, grad, xs[0], [32, 32], 1),
         "batch_norm_depthwise": lambda: ops.batch_norm_depthwise(xs[0], norms[0], kernels, [1, 2]),
         "batch_norm_depthwise_backward": lambda: raw.batch_norm_depthwise_backward(
             [grad, grad],

@@ -209,6 +209,7 @@ def test_without_gradients_any_number_of_candidates(count, device):
             ops.gate_gradient(y, xs, w),
             *ops.sample_paths(w.view(1, -1), 1, 2),
             *ops.depthwise_group(x, [kernel] * count, [1] * count),
+            *ops.pool_pair(x),
             *ops.separable_group(x, [kernel] * count, [matrix] * count, [1] * count),
             ops.sparse_connections(w.view(1, -1), w[:1], [1]),
         )
@@ -234,6 +235,8 @@ OPS = (
     "gate_gradient",
     "depthwise_group",
     "depthwise_group_backward",
+    "pool_pair",
+    "pool_pair_backward",
     "batch_norm_depthwise",
     "batch_norm_depthwise_backward",
     "separable_group",

@@ -237,6 +237,7 @@ def calls(device):
     kernels = [cases.make((3, 1, k, k), torch.float64, device=device) for k in (3, 5)]
     kernels[1].requires_grad_()
     yield ops.depthwise_group(xs[0], kernels, [2, 1], 2)[1], [xs[0], kernels[1]], []
+    yield torch.stack(ops.pool_pair(xs[0], 2)), xs[:1], []
     for k in (0, 2, 3):  # in training, affine, in evaluation
         norm = cases.doubled(cases.make_norms(7, 3, device))[k]
         y = ops.batch_norm_depthwise(xs[0], norm, kernels, [2, 1], 2)[1]

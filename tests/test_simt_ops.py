@@ -67,6 +67,7 @@ def simt():
         "gate_gradient",
         "sample_paths",
         "depthwise_group",
+        "pool_pair",
         "ops_alignment",
         "batch_norm_depthwise",
         "separable_group",

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Maximum and average over the same windows. The image is cut into slabs of rows that fit the second-level cache; each
 // is packed (planes.h) and read once. The backward looks for the maxima again, which costs less than to keep them.
-#include "pools.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -14,6 +12,7 @@
 #include "aligned.h"
 #include "dispatch.h"
 #include "planes.h"
+#include "pools.h"
 
 namespace fastnas {
 

@@ -10,8 +10,8 @@ namespace fastnas {
 // Rows of an image and of the windows over them, at `stride` 1 or 2 inside a border of one pixel.
 struct PoolRows {
   int64_t H, W, oh, ow, stride;
-  int64_t first, last;   // windows: rows of the outputs that buffers hold
-  int64_t top, bottom;   // pixels: rows of x that buffers hold, all that these windows have
+  int64_t first, last;  // windows: rows of the outputs that buffers hold
+  int64_t top, bottom;  // pixels: rows of x that buffers hold, all that these windows have
 
   // The rows of x in a row of windows: all are held.
   int64_t begin(int64_t row) const { return row == 0 ? 0 : stride * row - 1; }

@@ -14,8 +14,15 @@ namespace fastnas::cuda {
 namespace {
 
 PoolSizes sizes_of(const Pools& p, at::ScalarType dtype, at::MemoryFormat format) {
-  return {dtype_of(dtype), format != at::MemoryFormat::Contiguous,
-          static_cast<int>(p.stride), p.N, p.C, p.H, p.W, p.oh, p.ow};
+  return {dtype_of(dtype),
+          format != at::MemoryFormat::Contiguous,
+          static_cast<int>(p.stride),
+          p.N,
+          p.C,
+          p.H,
+          p.W,
+          p.oh,
+          p.ow};
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 
 A state of a cell is read by every edge that leaves it, and by every candidate of each. The
 convolutions among them, separable or only depthwise, with the ReLU in front, are one fused call,
-pools that are set alike are one tensor, and factorized reduces share the pixels they pick and one
-product of matrices. Everything else is called as it stands.
+pools that are set alike are one tensor and a max pool and an average pool one call, and factorized
+reduces share the pixels they pick and one product of matrices. Everything else is called as it stands.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def evaluate_source(
     """
     convolved = _convolve(x, edges, run) if _fuses_depthwise(x) else {}
     convolved.update(_halve(x, edges, run))
-    shared: dict[Hashable, Tensor] = {}
+    shared = _pool(x, edges, run) if _fuses_pools(x) else {}
     results = []
     for recipes in edges:
         outputs = []
@@ -116,6 +116,11 @@ def evaluate_source(
 def _fuses_depthwise(x: Tensor) -> bool:
     """Where the fused convolutions were measured to be the faster ones."""
     return x.device.type in ("cpu", "cuda")
+
+
+def _fuses_pools(x: Tensor) -> bool:
+    """The same for a max pool and an average pool."""
+    return x.device.type == "cpu"
 
 
 def _convolve(
@@ -160,6 +165,32 @@ def _halve(
         ys = run(SharedHalves([halves for _, halves in group], memory_format(x)), pixels)
         outputs.update((number, y) for (number, _), y in zip(group, ys, strict=True))
     return outputs
+
+
+def _pool(
+    x: Tensor,
+    edges: Sequence[Sequence[Recipe]],
+    run: Callable[[Callable[[Tensor], Any], Tensor], Any],
+) -> dict[Hashable, Tensor]:
+    """What pools return that have one of the other kind beside them, by key of the recipe."""
+    keys = {recipe.key for recipes in edges for recipe in recipes}
+    outputs: dict[Hashable, Tensor] = {}
+    for stride, pair in _POOL_PAIRS.items():
+        if keys.issuperset(pair):
+            outputs.update(zip(pair, run(SharedPools(stride), x), strict=True))
+    return outputs
+
+
+class SharedPools:
+    """A max pool and an average pool, of DARTS, as one fused call."""
+
+    def __init__(self, stride: int) -> None:
+        """Take the stride of both."""
+        self.stride = stride
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``(N, C, H, W)`` to what each of them returns."""
+        return ops.pool_pair(x, self.stride)
 
 
 class SharedConvolutions:
@@ -254,3 +285,13 @@ def _pool_key(layer: Layer) -> Hashable:
         sizes = (layer.kernel_size, layer.stride, layer.padding)
         return ("avg", *sizes, layer.ceil_mode, layer.count_include_pad, layer.divisor_override)
     return None
+
+
+#: By stride: the keys of the pools that ``ops.pool_pair`` computes.
+_POOL_PAIRS = {
+    stride: (
+        _pool_key(nn.MaxPool2d(3, stride, 1)),
+        _pool_key(nn.AvgPool2d(3, stride, 1, count_include_pad=False)),
+    )
+    for stride in (1, 2)
+}
