@@ -33,7 +33,7 @@ def twin(x, stride):
     return list(reference.pool_pair(x, stride))
 
 
-FUNCTIONS = {"torch pools": apart, "fastnas": fused, "reference": twin}
+FUNCTIONS = {"torch loop": apart, "fastnas": fused, "reference": twin}
 
 
 def build(implementation: str, setting: Setting, stride: int = 1) -> Call:

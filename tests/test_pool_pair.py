@@ -16,7 +16,8 @@ from fastnas.nn.recompute import Recompute
 from fastnas.nn.source import SharedPools, evaluate_source
 from fastnas.ops import pool_pair
 
-# (N, C, H, W): around vectors of every width; one row, one column; more rows than are packed at once.
+# (N, C, H, W): around vectors of every width; one row, one column; more rows than are packed at
+# once.
 SHAPES = (
     (1, 1, 1, 1),
     (2, 16, 8, 8),

@@ -3,8 +3,9 @@
 
 A state of a cell is read by every edge that leaves it, and by every candidate of each. The
 convolutions among them, separable or only depthwise, with the ReLU in front, are one fused call,
-pools that are set alike are one tensor and a max pool and an average pool one call, and factorized
-reduces share the pixels they pick and one product of matrices. Everything else is called as it stands.
+pools that are set alike are one tensor, a max pool and an average pool one call, and factorized
+reduces share the pixels they pick and one product of matrices. Everything else is called as it
+stands.
 """
 
 from __future__ import annotations
