@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from ops_cases import assert_all_near, assert_layout, raises
 
 from fastnas import ops
-from fastnas.nn.batch_norm import make_route
 from fastnas.nn.candidates import build_candidate
 from fastnas.nn.recompute import Recompute
-from fastnas.nn.source import SharedPools, evaluate_source
+from fastnas.nn.source import SharedPools, evaluate_source, make_recipe
 from fastnas.ops import pool_pair
 
 # (N, C, H, W): around vectors of every width; one row, one column; more rows than are packed at
@@ -130,7 +129,7 @@ def test_the_raw_backward_checks_its_arguments(device):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_pools_of_one_state_are_one_call(stride, low, monkeypatch):
     names = ("max_pool_3x3", "avg_pool_3x3")
-    recipes = [make_route(build_candidate(n, 4, stride, False)).recipe for n in (*names, *names)]
+    recipes = [make_recipe([build_candidate(n, 4, stride)]) for n in (*names, *names)]
     calls = []
     monkeypatch.setattr(ops, "pool_pair", lambda *a: calls.append(a[1]) or pool_pair(*a))
     x = image((2, 4, 8, 8), "plain")
