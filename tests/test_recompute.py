@@ -138,7 +138,7 @@ def kept_bytes(net: Supernet, k: int, x: Tensor) -> int:
     return total
 
 
-@pytest.mark.parametrize(("k", "share"), [(1, 0.72), (2, 0.7)])
+@pytest.mark.parametrize(("k", "share"), [(1, 0.75), (2, 0.72)])
 def test_a_part_of_the_memory_is_kept(k, share):
     x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     bytes_kept = {}
@@ -174,7 +174,7 @@ def test_nothing_is_made_twice_in_one_backward(wanted):
     assert 0 < backward.counts["separable_group"] <= groups
     assert backward.counts["separable_group"] == groups or wanted == "architecture"
     assert backward.counts["mixed_batch_norm"] == 0
-    pool = "max_pool2d_with_indices"
+    pool = "pool_pair"
     assert 0 < backward.counts[pool] <= forward.counts[pool]
 
 
