@@ -28,6 +28,7 @@ from fastnas.ops import (
     mixed_sum,
     multi_target_sum,
     partial_channel_mix,
+    pool_pair,
 )
 
 pytestmark = [
@@ -194,6 +195,8 @@ def test_indices_beyond_the_narrow_ones(limit, layout, simt, tolerances):
         for stride in (1, 2):
             y = torch.stack(depthwise_group(rest[:, :4], kernels, [1, 2], stride))
             out += [y, *torch.autograd.grad(y, [rest, *kernels], cases.like_output(y))]
+            y = torch.stack(pool_pair(rest, stride))
+            out += [y, *torch.autograd.grad(y, [rest], cases.like_output(y))]
         return out, simt.launches() - before
 
     expected, launches = results()

@@ -32,11 +32,20 @@ __device__ inline PoolElement element_of(const PoolWalk& w, int64_t at) {
           static_cast<int>(pixel - row * w.width)};
 }
 
+// 1 / n for n of 1, 2 and 3. A division is a call of a routine, around which registers would be spilled.
+template <typename A>
+__device__ inline A inverse(int n) {
+  return n == 3 ? A(1) / A(3) : n == 2 ? A(1) / A(2) : A(1);
+}
+
 // The pixels of a window that are inside the image.
 struct Window {
   int y0, y1, x0, x1;
 
-  __device__ int count() const { return (y1 - y0) * (x1 - x0); }
+  template <typename A>
+  __device__ A share() const {
+    return inverse<A>(y1 - y0) * inverse<A>(x1 - x0);
+  }
 };
 
 __device__ inline Window window_of(const PoolSizes& s, int row, int column) {
@@ -63,20 +72,19 @@ __global__ void __launch_bounds__(kThreads)
         sum += v;
       }
     max[at] = from_acc<T>(top);
-    avg[at] = from_acc<T>(sum / static_cast<A>(w.count()));
+    avg[at] = from_acc<T>(sum * w.share<A>());
   }
 }
 
 // Whether pixel (y, x) is the maximum of its window: the first of equals, the last NaN.
 template <typename T>
-__device__ inline bool is_maximum(const Window& w, const T* plane, int64_t width, int64_t step,
-                                  int y, int x) {
+__device__ inline bool is_maximum(const Window& w, const T* plane, int64_t line, int64_t step,
+                                  int y, int x, acc_type<T> own) {
   using A = acc_type<T>;
-  const A own = to_acc(plane[(y * width + x) * step]);
   for (int i = w.y0; i < w.y1; ++i)
     for (int j = w.x0; j < w.x1; ++j) {
       if (i == y && j == x) continue;
-      const A v = to_acc(plane[(i * width + j) * step]);
+      const A v = to_acc(plane[i * line + j * step]);
       const bool before = i < y || (i == y && j < x);
       if (v != v) {
         if (!before || own == own) return false;
@@ -87,27 +95,44 @@ __device__ inline bool is_maximum(const Window& w, const T* plane, int64_t width
   return true;
 }
 
+// The first of the windows along one side that reach pixel `at`.
+__device__ inline int first_window(int at, int stride) {
+  return at > 0 ? (at + stride - 2) >> (stride - 1) : 0;
+}
+
+// f(window, offset of its output in a plane) for every window that pixel (y, x) is in.
+template <typename F>
+__device__ inline void each_window(const PoolSizes& s, int y, int x, F&& f) {
+  const int64_t step = s.columns ? s.C : 1;
+  for (int i = first_window(y, s.stride); i < s.oh && i * s.stride <= y + 1; ++i)
+    for (int j = first_window(x, s.stride); j < s.ow && j * s.stride <= x + 1; ++j)
+      f(window_of(s, i, j), (i * s.ow + j) * step);
+}
+
+// Four blocks a processor: left to itself, the compiler spills registers to fit more.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     pool_pair_gradient_kernel(const __grid_constant__ PoolSizes s,
                               const __grid_constant__ PoolWalk walk, const T* x, const T* g_max,
                               const T* g_avg, T* dx) {
   using A = acc_type<T>;
   const int64_t grid = int64_t{gridDim.x} * kThreads, step = s.columns ? s.C : 1;
-  const int shift = s.stride - 1;
   for (int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x; at < walk.elements; at += grid) {
     const PoolElement e = element_of(walk, at);
-    const int64_t source = e.plane * s.H * s.W * step + e.channel;
     const int64_t output = e.plane * s.oh * s.ow * step + e.channel;
     A sum = 0;
-    for (int i = e.y > 0 ? (e.y - 1 + shift) >> shift : 0; i < s.oh && i * s.stride <= e.y + 1; ++i)
-      for (int j = e.x > 0 ? (e.x - 1 + shift) >> shift : 0; j < s.ow && j * s.stride <= e.x + 1;
-           ++j) {
-        const Window w = window_of(s, i, j);
-        const int64_t from = output + (i * s.ow + j) * step;
-        if (g_max && is_maximum(w, x + source, s.W, step, e.y, e.x)) sum += to_acc(g_max[from]);
-        if (g_avg) sum += to_acc(g_avg[from]) / static_cast<A>(w.count());
-      }
+    if (g_max) {
+      const T* plane = x + e.plane * s.H * s.W * step + e.channel;
+      const A own = to_acc(x[at]);
+      each_window(s, e.y, e.x, [&](const Window& w, int64_t offset) {
+        if (is_maximum(w, plane, s.W * step, step, e.y, e.x, own))
+          sum += to_acc(g_max[output + offset]);
+      });
+    }
+    if (g_avg)
+      each_window(s, e.y, e.x, [&](const Window& w, int64_t offset) {
+        sum += to_acc(g_avg[output + offset]) * w.share<A>();
+      });
     dx[at] = from_acc<T>(sum);
   }
 }
