@@ -189,12 +189,30 @@ def test_separable_group(affine, device):
     check_compiled(function, make, device)
 
 
+def test_separable_each(device):
+    def make(size, device):
+        shapes = [(2, 4, size, 5), *[(4, 1, 3, 3)] * 2, *[(4, 4, 1, 1)] * 2]
+        x, *weights = (
+            cases.make(shape, device=device, seed=k).requires_grad_()
+            for k, shape in enumerate(shapes)
+        )
+        norms = [nn.BatchNorm2d(4, affine=affine).to(device) for affine in (False, True)]
+        return (x, norms, weights), [x, *weights, *norms[1].parameters()], norms
+
+    def function(x, norms, weights):
+        ys = ops.separable_each([x * 2, x], weights[:2], weights[2:], [2, 1], norms)
+        return ys[0] * 3 + ys[1]
+
+    check_compiled(function, make, device)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_without_gradients_any_number_of_candidates(count, device):
     """Where nothing asks for a gradient, the compiler inlines the Functions' forward."""
     xs = [cases.make((2, 3, 4, 5), device=device, seed=k) for k in range(count)]
     x, w = cases.make((2, 12, 4, 5), device=device), torch.rand(count, device=device)
     norms = [nn.BatchNorm2d(3, affine=False).to(device) for _ in xs]
+    wide = [nn.BatchNorm2d(12, affine=False).to(device) for _ in xs]
     kernel = cases.make((12, 1, 3, 3), device=device)
     matrix = cases.make((12, 12, 1, 1), device=device)
 
@@ -211,6 +229,7 @@ def test_without_gradients_any_number_of_candidates(count, device):
             *ops.depthwise_group(x, [kernel] * count, [1] * count),
             *ops.pool_pair(x),
             *ops.separable_group(x, [kernel] * count, [matrix] * count, [1] * count),
+            *ops.separable_each([x] * count, [kernel] * count, [matrix] * count, [1] * count, wide),
             ops.sparse_connections(w.view(1, -1), w[:1], [1]),
         )
 

@@ -247,6 +247,9 @@ def calls(device):
     for norm in (None, cases.doubled(cases.make_norms(7, 3, device))[2]):
         y = ops.separable_group(xs[0], kernels, matrices, [2, 1], 2, norm)[1]
         yield y, [xs[0], kernels[1], matrices[1]], [norm]
+    pair = cases.doubled(cases.make_norms(7, 3, device)[2:4])
+    y = torch.stack(ops.separable_each(xs[:2], kernels, matrices, [2, 1], pair, 2))
+    yield y, [*xs[:2], kernels[1], matrices[1], *cases.affine_parameters(pair)], pair
 
 
 def outcomes(device):

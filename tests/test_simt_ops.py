@@ -48,6 +48,7 @@ SELECTED = {
     # On a GPU the mean of a channel with an infinity is NaN.
     "mixed_batch_norm_statistics": "not infinity",
     # Composed of ops that are tested here as they are.
+    "separable_each": "several or subset or without",
     "separable_group": "several or subset or without or raw_ops",
 }
 
@@ -71,6 +72,7 @@ def simt():
         "pool_pair",
         "ops_alignment",
         "batch_norm_depthwise",
+        "separable_each",
         "separable_group",
         "sparse_connections",
     ],

@@ -50,6 +50,10 @@ std::vector<T*> pointers_to(at::TensorList xs) {
 }
 
 inline std::vector<double> to_doubles(const at::Tensor& t) {
+  if (t.scalar_type() == at::kFloat && t.is_contiguous()) {
+    const float* p = t.const_data_ptr<float>();
+    return {p, p + t.numel()};
+  }
   const at::Tensor d = t.to(at::kDouble).contiguous();
   const double* p = d.const_data_ptr<double>();
   return {p, p + d.numel()};
@@ -57,9 +61,14 @@ inline std::vector<double> to_doubles(const at::Tensor& t) {
 
 inline at::Tensor from_doubles(const std::vector<double>& values, at::IntArrayRef shape,
                                const at::TensorOptions& options) {
+  at::Tensor t = at::empty(shape, options);
+  if (t.scalar_type() == at::kFloat) {  // without a detour: these are many and small
+    std::copy(values.begin(), values.end(), t.mutable_data_ptr<float>());
+    return t;
+  }
   at::Tensor d = at::empty(shape, options.dtype(at::kDouble));
   std::copy(values.begin(), values.end(), d.mutable_data_ptr<double>());
-  return d.to(options.dtype());
+  return d.to(t.scalar_type());
 }
 
 }  // namespace fastnas

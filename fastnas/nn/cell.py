@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas import ops
-from fastnas.nn.batch_norm import Route, has_global_hook, hook_tables, make_route
+from fastnas.nn.batch_norm import has_global_hook, hook_tables, make_route
 from fastnas.nn.mixed_op import MixedOp, select_weights
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.recompute import Memory, Recompute
@@ -69,22 +69,12 @@ def _kind(edge: nn.Module) -> int | None:
     if edge.skip_zero or any(map(bool, hook_tables(edge))):
         return None
     routes = edge._routes()
-    if all(route.zero for route in routes) or any(map(_changes_input, routes)):
+    # Node by node others would see what is done to an input in place earlier, or not at all.
+    if all(route.zero for route in routes) or edge._plan.in_place:
         return None
     if not isinstance(edge, PartialMixedOp):
         return 1
     return edge.k if edge.k == 1 or edge._pool_is_fused() else None
-
-
-def _changes_input(route: Route) -> bool:
-    """Whether later candidates might see what this one does to its input in place.
-
-    Node by node they would see it earlier, or not at all.
-    """
-    first = route.layers[0] if route.layers else None
-    return isinstance(first, nn.Module) and any(
-        getattr(module, "inplace", False) for module in first.modules()
-    )
 
 
 def run_nodes(

@@ -42,6 +42,8 @@ class Plan(NamedTuple):
     children: list[nn.Module | None]
     #: Every hook table that some route bypasses; all empty in ordinary training.
     hooks: tuple[Mapping[int, Any], ...]
+    #: Whether a candidate begins with what changes its input in place.
+    in_place: bool
 
     def is_current(self, owner: nn.ModuleList) -> bool:
         """Whether the candidates, and what matters inside them, are still the same objects."""
@@ -65,7 +67,15 @@ def make_plan(candidates: nn.ModuleList, forms: Mapping[type[nn.Module], Form]) 
     children = [child for table in tables for child in table.values()]
     bypassed += [module for route in routes for module in route.recipe.bypassed]
     hooks = tuple(table for module in bypassed for table in hook_tables(module))
-    return Plan(candidates, routes, tuple(tables), children, hooks)
+    in_place = any(map(_changes_input, routes))
+    return Plan(candidates, routes, tuple(tables), children, hooks, in_place)
+
+
+def _changes_input(route: Route) -> bool:
+    first = route.layers[0] if route.layers else None
+    return isinstance(first, nn.Module) and any(
+        getattr(module, "inplace", False) for module in first.modules()
+    )
 
 
 class MixedOp(nn.Module):

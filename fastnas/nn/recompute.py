@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastnas.nn.repeat import Repeat, repeat_of
-from fastnas.nn.source import Layer
 
 __all__ = ["MEMORY", "Memory", "Recompute"]
 
@@ -199,19 +198,19 @@ class Recompute:
             and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         )
 
-    def run(self, layer: Layer, x: Tensor) -> Any:
-        """``layer(x)``, which saves a note of ``x`` and leaves one of its output."""
+    def run(self, layer: Callable[..., Any], *xs: Tensor) -> Any:
+        """``layer(*xs)``, which saves notes of ``xs`` and leaves one of its outputs."""
         repeat = repeat_of(layer)
         if repeat is None:
-            return layer(x)
+            return layer(*xs)
         self._only_cheap = False
-        operands = [self._find(x, exact=True) or x, *repeat.tensors]
+        operands = [*(self._find(x, exact=True) or x for x in xs), *repeat.tensors]
         with self._saving():
-            ys = repeat.function(x, *repeat.tensors) if repeat.instead else layer(x)
-        outputs = _as_list(ys)
+            ys = repeat.function(*xs, *repeat.tensors) if repeat.instead else layer(*xs)
+        outputs, inputs = _as_list(ys), {_address(x) for x in xs}
         call = _Call(repeat, operands)
         for index, y in enumerate(outputs):
-            if y._base is None and _address(y) != _address(x):  # no view
+            if y._base is None and _address(y) not in inputs:  # no view
                 note = _Note(call, index, y, repeat.cheap)
                 self._notes[_address(y)] = weakref.ref(y), note
         self._close()

@@ -19,7 +19,7 @@ from fastnas import ops
 from fastnas.nn.batch_norm import has_global_hook, hook_tables
 from fastnas.nn.halves import SharedHalves, TwoHalves, picked_pixels
 from fastnas.nn.pool import AVERAGE_POOLS
-from fastnas.nn.source import Layer, NormConvolution, SharedConvolutions, SharedPools
+from fastnas.nn.source import NormConvolution, NormConvolutions, SharedConvolutions, SharedPools
 
 __all__ = ["BatchStatistics", "Packed", "Repeat", "repeat_of"]
 
@@ -28,7 +28,7 @@ class Repeat(NamedTuple):
     """How a layer's output is made again: by a function without side effects."""
 
     function: Callable[..., Any]
-    #: What it takes after the layer's input: the tensors that the layer holds now.
+    #: What it takes after the layer's inputs: the tensors that the layer holds now.
     tensors: tuple[Tensor | None, ...] = ()
     #: It costs a pass over memory and no more.
     cheap: bool = False
@@ -50,10 +50,10 @@ class Packed:
         return x.contiguous(memory_format=self.format)
 
 
-def repeat_of(layer: Layer) -> Repeat | None:
+def repeat_of(layer: Callable[..., Any]) -> Repeat | None:
     """How ``layer`` is repeated; None for what may have side effects."""
     if isinstance(layer, SharedConvolutions):
-        again = partial(_convolutions, layer.dilations, layer.stride)
+        again: Any = partial(_convolutions, layer.dilations, layer.stride)
         return Repeat(again, (*layer.weights, *layer.mixing), selects=True)
     if isinstance(layer, SharedHalves):
         return Repeat(layer.product, tuple(layer.weights))
@@ -70,6 +70,13 @@ def repeat_of(layer: Layer) -> Repeat | None:
         again = partial(_norm_convolution, norm.eps, conv.dilation[0], conv.stride[0])
         last = None if mixing is None else mixing.weight
         return Repeat(again, (conv.weight, last, norm.weight, norm.bias))
+    if isinstance(layer, NormConvolutions):
+        if not all(map(_normalises_by_batch, layer.norms)):
+            return None
+        epsilons = [norm.eps for norm in layer.norms]
+        affine = [t for norm in layer.norms for t in (norm.weight, norm.bias)]
+        again = partial(_norm_convolutions, epsilons, layer.dilations, layer.stride)
+        return Repeat(again, (*layer.weights, *layer.mixing, *affine), selects=True)
     if isinstance(layer, TwoHalves):
         convs = layer.convs
         if not all(isinstance(conv, nn.Conv2d) for conv in convs):
@@ -153,6 +160,20 @@ def _norm_convolution(
     else:
         (y,) = ops.separable_group(x, [weight], [mixing], [dilation], stride, norm)
     return y
+
+
+def _norm_convolutions(
+    epsilons: list[float], dilations: list[int], stride: int, *tensors: Tensor, wanted: list[int]
+) -> list[Tensor]:
+    count = len(dilations)
+    xs, weights, mixing = (tensors[i * count : (i + 1) * count] for i in range(3))
+    affine = tensors[3 * count :]
+    norms: list[Any] = [
+        BatchStatistics(epsilons[i], affine[2 * i], affine[2 * i + 1]) for i in wanted
+    ]
+    some = [dilations[i] for i in wanted]
+    sources, depthwise, pointwise = ([part[i] for i in wanted] for part in (xs, weights, mixing))
+    return ops.separable_each(sources, depthwise, pointwise, some, norms, stride)
 
 
 def _convolution(settings: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

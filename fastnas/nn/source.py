@@ -23,6 +23,8 @@ from fastnas.ops._common import MAX_CANDIDATES, memory_format
 __all__ = ["Recipe", "evaluate_source", "make_recipe"]
 
 Layer = Callable[[Tensor], Tensor]
+#: How a layer is called with its inputs.
+Run = Callable[..., Any]
 
 
 class Recipe(NamedTuple):
@@ -81,27 +83,30 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 def evaluate_source(
     x: Tensor,
     edges: Sequence[Sequence[Recipe]],
-    run: Callable[[Callable[[Tensor], Any], Tensor], Any] = call,
+    run: Run = call,
 ) -> list[list[Tensor]]:
     """Run the candidates of all edges that leave one state.
 
     Args:
         x: the state, ``(N, C, H, W)``.
         edges: for each edge the recipes of its candidates.
-        run: how a layer is called (``fastnas.nn.recompute`` has another way).
+        run: how a layer is called with its inputs (``fastnas.nn.recompute`` has another way).
 
     Returns:
         For each edge what its candidates return, in their order; some may be the same tensor.
     """
     convolved = _convolve(x, edges, run) if _fuses_depthwise(x) else {}
     convolved.update(_halve(x, edges, run))
+    again = _convolve_again(convolved, edges, run)
     shared = _pool(x, edges, run) if _fuses_pools(x) else {}
     results = []
     for recipes in edges:
         outputs = []
         for recipe in recipes:
             h, layers = x, recipe.layers
-            if id(recipe) in convolved:
+            if id(recipe) in again:
+                h, layers = again[id(recipe)], recipe.after[1:]
+            elif id(recipe) in convolved:
                 h, layers = convolved[id(recipe)], recipe.after
             elif recipe.key is not None:
                 if recipe.key not in shared:
@@ -127,7 +132,7 @@ def _fuses_pools(x: Tensor) -> bool:
 def _convolve(
     x: Tensor,
     edges: Sequence[Sequence[Recipe]],
-    run: Callable[[Callable[[Tensor], Any], Tensor], Any],
+    run: Run,
 ) -> dict[int, Tensor]:
     """What the leading convolutions of the recipes return, by identity of the recipe."""
     groups: dict[tuple[int, bool], list[Recipe]] = {}
@@ -145,10 +150,32 @@ def _convolve(
     return outputs
 
 
+def _convolve_again(
+    convolved: dict[int, Tensor], edges: Sequence[Sequence[Recipe]], run: Run
+) -> dict[int, Tensor]:
+    """What the second halves of separable convolutions return, where several are alike."""
+    groups: dict[Hashable, list[tuple[int, NormConvolution]]] = {}
+    for recipes in edges:
+        for recipe in recipes:
+            y, layer = convolved.get(id(recipe)), next(iter(recipe.after), None)
+            if y is not None and isinstance(layer, NormConvolution) and layer.pointwise is not None:
+                key = layer.depthwise.stride, y.shape, y.dtype
+                groups.setdefault(key, []).append((id(recipe), layer))
+    outputs: dict[int, Tensor] = {}
+    for group in groups.values():
+        for start in range(0, len(group), MAX_CANDIDATES):
+            part = group[start : start + MAX_CANDIDATES]
+            if len(part) > 1:
+                layers = [layer for _, layer in part]
+                ys = run(NormConvolutions(layers), *(convolved[number] for number, _ in part))
+                outputs.update((number, y) for (number, _), y in zip(part, ys, strict=True))
+    return outputs
+
+
 def _halve(
     x: Tensor,
     edges: Sequence[Sequence[Recipe]],
-    run: Callable[[Callable[[Tensor], Any], Tensor], Any],
+    run: Run,
 ) -> dict[int, Tensor]:
     """What enters the BatchNorms of the factorized reduces, by identity of the recipe."""
     groups: dict[tuple[int, int], list[tuple[int, TwoHalves]]] = {}
@@ -171,7 +198,7 @@ def _halve(
 def _pool(
     x: Tensor,
     edges: Sequence[Sequence[Recipe]],
-    run: Callable[[Callable[[Tensor], Any], Tensor], Any],
+    run: Run,
 ) -> dict[Hashable, Tensor]:
     """What pools return that have one of the other kind beside them, by key of the recipe."""
     keys = {recipe.key for recipes in edges for recipe in recipes}
@@ -232,6 +259,24 @@ class NormConvolution:
             mixing = [self.pointwise.weight]
             (y,) = ops.separable_group(x, weights, mixing, dilations, stride, norm)  # type: ignore[arg-type]
         return y
+
+
+class NormConvolutions:
+    """Several of them with a pointwise convolution, each of its own input, as one fused call."""
+
+    def __init__(self, layers: Sequence[NormConvolution]) -> None:
+        """Take what is alike but for its weights, norms and dilations."""
+        self.layers = layers
+        self.norms = [layer.norm for layer in layers]
+        self.weights = [layer.depthwise.weight for layer in layers]
+        self.mixing = [layer.pointwise.weight for layer in layers if layer.pointwise is not None]
+        self.dilations = [layer.depthwise.dilation[0] for layer in layers]
+        self.stride = layers[0].depthwise.stride[0]
+
+    def __call__(self, *xs: Tensor) -> list[Tensor]:
+        """Map each ``(N, C, H, W)`` to what its convolutions return."""
+        arguments = self.weights, self.mixing, self.dilations, self.norms, self.stride
+        return ops.separable_each(xs, *arguments)  # type: ignore[arg-type]  # as above
 
 
 def _is_relu(layer: Layer) -> bool:

@@ -10,6 +10,7 @@ from fastnas.ops.multi_target_sum import multi_target_sum
 from fastnas.ops.partial_channel_mix import partial_channel_mix
 from fastnas.ops.pool_pair import pool_pair
 from fastnas.ops.sample_paths import Paths, sample_paths
+from fastnas.ops.separable_each import separable_each
 from fastnas.ops.separable_group import separable_group
 from fastnas.ops.sparse_connections import sparse_connections
 
@@ -24,6 +25,7 @@ __all__ = [
     "partial_channel_mix",
     "pool_pair",
     "sample_paths",
+    "separable_each",
     "separable_group",
     "sparse_connections",
 ]

@@ -60,7 +60,7 @@ def separable_group(
         TypeError: ``x`` or a weight is not a floating-point tensor, or ``norm`` no BatchNorm.
     """
     check_depthwise(_OP, x, depthwise, dilations, stride, "depthwise")
-    _check_pointwise(x, depthwise, pointwise)
+    check_pointwise(_OP, x, depthwise, pointwise)
     dtype = autocast_dtype(x)
     n = read_norm(_OP, x, norm, training)
     if norm is None and x.dtype != dtype:
@@ -72,29 +72,32 @@ def separable_group(
     return [y if y.dtype == dtype else y.to(dtype) for y in ys]
 
 
-def _check_pointwise(x: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor]) -> None:
+def check_pointwise(
+    op: str, x: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor]
+) -> None:
+    """Raise unless ``pointwise`` has a ``(C, C, 1, 1)`` for every depthwise weight."""
     if not isinstance(pointwise, (list, tuple)):
         raise TypeError(
-            f"{_OP}: expected pointwise to be a list, but got {type(pointwise).__name__}"
+            f"{op}: expected pointwise to be a list, but got {type(pointwise).__name__}"
         )
     if len(pointwise) != len(depthwise):
         raise ValueError(
-            f"{_OP}: expected one pointwise weight per depthwise one, but got {len(depthwise)} "
+            f"{op}: expected one pointwise weight per depthwise one, but got {len(depthwise)} "
             f"depthwise and {len(pointwise)} pointwise"
         )
     shape = (x.shape[1], x.shape[1], 1, 1)
     for i, w in enumerate(pointwise):
         if not isinstance(w, Tensor):
             raise TypeError(
-                f"{_OP}: expected pointwise[{i}] to be a tensor, but got {type(w).__name__}"
+                f"{op}: expected pointwise[{i}] to be a tensor, but got {type(w).__name__}"
             )
         if not w.is_floating_point():
             raise TypeError(
-                f"{_OP}: expected floating-point weights, but pointwise[{i}] is {w.dtype}"
+                f"{op}: expected floating-point weights, but pointwise[{i}] is {w.dtype}"
             )
         if w.shape != shape or w.device != x.device:
             raise ValueError(
-                f"{_OP}: expected pointwise[{i}] of shape {list(shape)} on {x.device}, but got "
+                f"{op}: expected pointwise[{i}] of shape {list(shape)} on {x.device}, but got "
                 f"{list(w.shape)} on {w.device}"
             )
 

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Separable convolutions of several sources, each with the BatchNorm and ReLU before it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnas._extension import has_kernels
+from fastnas.ops import reference
+from fastnas.ops._common import autocast_dtype, check_candidates, differentiate, memory_format
+from fastnas.ops._mixed import split_tensors, used_statistics
+from fastnas.ops._norms import Norm, gather_norms, spread, update_running_statistics
+from fastnas.ops.depthwise_group import check_depthwise
+from fastnas.ops.reference import RUNNING
+from fastnas.ops.separable_group import check_pointwise
+
+_OP = "separable_each"
+
+
+def separable_each(
+    xs: Sequence[Tensor],
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    norms: Sequence[Norm],
+    stride: int = 1,
+    training: bool | None = None,
+) -> list[Tensor]:
+    """:func:`separable_group` of one convolution for each of several sources, in one call.
+
+    Equivalent to ``[separable_group(x, [w], [p], [d], stride, norm, training)[0] for x, w, p, d,
+    norm in zip(xs, depthwise, pointwise, dilations, norms)]``, by the same kernels: the second
+    halves of all separable convolutions (arXiv 1806.09055, section 3.1) that read one state. What
+    is saved is the cost of a call, once for all instead of for each: autograd's, the checks, the
+    norms' bookkeeping.
+
+    Args:
+        xs: 1 to 64 tensors ``(N, C, H, W)`` of one shape.
+        depthwise: as many ``(C, 1, k, k)``, k of 1, 3, 5 or 7.
+        pointwise: as many ``(C, C, 1, 1)``.
+        dilations: as many, of the depthwise convolutions.
+        norms: as many ``BatchNorm2d`` of C channels. In training their running statistics and
+            counters are updated once, as calling them would.
+        stride: 1 or 2, of all depthwise convolutions.
+        training: overrides ``training`` of every norm.
+
+    Returns:
+        For each source a tensor ``(N, C, ceil(H / stride), ceil(W / stride))`` in its memory format
+        and, without autocast, its dtype.
+
+    Raises:
+        ValueError: shapes, counts, dilations or strides other than these; one value per channel in
+            training.
+        TypeError: an input is not a floating-point tensor, or a norm no BatchNorm.
+    """
+    check_candidates(_OP, xs)
+    check_depthwise(_OP, xs[0], depthwise, dilations, stride, "depthwise")
+    check_pointwise(_OP, xs[0], depthwise, pointwise)
+    if len(depthwise) != len(xs):
+        raise ValueError(
+            f"{_OP}: expected one depthwise weight per input, but got {len(xs)} inputs and "
+            f"{len(depthwise)} weights"
+        )
+    for k, norm in enumerate(norms):
+        if norm is None:
+            raise TypeError(f"{_OP}: expected norms[{k}] to be a BatchNorm, but got None")
+    n = gather_norms(_OP, xs, norms, training)
+    *ys, mean, var = SeparableEach.apply(
+        n.kinds, n.eps, n.affine, tuple(dilations), stride, *xs, *n.gammas, *n.betas,
+        *n.running_means, *n.running_vars, *depthwise, *pointwise
+    )  # fmt: skip
+    if n.updates:
+        count = xs[0].numel() // max(xs[0].shape[1], 1)
+        update_running_statistics(n.updates, mean, var, count)
+    dtypes = [autocast_dtype(x) for x in xs]
+    return [y if y.dtype == dtype else y.to(dtype) for y, dtype in zip(ys, dtypes, strict=True)]
+
+
+class SeparableEach(torch.autograd.Function):
+    """Autograd of :func:`separable_each`; a second derivative goes through the reference.
+
+    Its arguments are kinds, eps, which norms are affine, dilations, stride, and all tensors: xs,
+    gammas, betas, running means, running variances, depthwise and pointwise weights.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        """The outputs, and the ``(K, C)`` means and biased variances that were used."""
+        # One parameter for all: without gradients, torch.compile would take the first argument for
+        # ctx where there are as many arguments as parameters.
+        ctx, kinds, eps, affine, dilations, stride, *tensors = arguments
+        device = tensors[0].device.type
+        convolve = (torch.ops.fastnas if has_kernels(device) else reference).separable_group
+        ys, mean, var = _each(convolve, kinds, eps, affine, dilations, stride, tensors)
+        # Not the running statistics: a training step may move them before the backward.
+        xs, gammas, betas, *_ = split_tensors(kinds, affine, tensors)
+        ctx.save_for_backward(mean, var, *xs, *gammas, *betas, *tensors[-2 * len(kinds) :])
+        ctx.kinds, ctx.eps, ctx.affine = kinds, eps, affine
+        ctx.dilations, ctx.stride = dilations, stride
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return (*ys, mean, var)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of xs, of the affine parameters and of the weights that ask for one."""
+        mean, var, *tensors = ctx.saved_tensors
+        kinds, affine, count = ctx.kinds, ctx.affine, len(ctx.kinds)
+        unused = (None,) * (2 * kinds.count(RUNNING))
+        need = ctx.needs_input_grad[5:]
+        head = count + 2 * sum(affine)  # before the running statistics
+        need = [*need[:head], *need[head + len(unused) :]]
+        given = [g for g in grads[:count] if g is not None]
+        if not given or not any(need):
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled() or not has_kernels(given[0].device.type):
+            statistics = used_statistics(kinds, mean, var)
+
+            def composite(*t: Tensor) -> list[Tensor]:
+                flat = [*t[:head], *statistics, *t[head:]]
+                convolve, tail = reference.separable_group, (ctx.dilations, ctx.stride)
+                ys, _, _ = _each(convolve, kinds, ctx.eps, affine, *tail, flat)
+                return [y for y, g in zip(ys, grads, strict=False) if g is not None]
+
+            found = list(differentiate(composite, tensors, need, given))
+        else:
+            rows = zip(
+                grads, mean.unbind(0), var.unbind(0), kinds, ctx.eps, ctx.dilations,
+                _columns(affine, tensors), _columns(affine, need), strict=False,
+            )  # fmt: skip
+            columns = zip(*(_gradients(*row, stride=ctx.stride) for row in rows), strict=True)
+            every = (True,) * count
+            # Without the places of affine parameters that there are not.
+            present = (every, affine, affine, every, every)
+            found = [
+                t
+                for column, has in zip(columns, present, strict=True)
+                for t in itertools.compress(column, has)
+            ]
+        return (*(None,) * 5, *found[:head], *unused, *found[head:])
+
+
+def _columns(affine: Sequence[bool], items: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """For each source its x, gamma, beta, depthwise and pointwise weight, None for what is not."""
+    count, rows = len(affine), sum(affine)
+    xs, items = items[:count], items[count:]
+    scales, shifts, items = items[:rows], items[rows : 2 * rows], items[2 * rows :]
+    return zip(
+        xs, spread(affine, scales), spread(affine, shifts), items[:count], items[count:],
+        strict=True,
+    )  # fmt: skip
+
+
+def _gradients(
+    grad: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    kind: int,
+    eps: float,
+    dilation: int,
+    tensors: Sequence[Tensor],
+    need: Sequence[bool | None],
+    *,
+    stride: int,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of one source's tensors, as many as it has; None where nobody needs one."""
+    if grad is None or not any(need):
+        return (None,) * 5
+    x, scale, shift, depthwise, pointwise = tensors
+    need_x, need_scale, need_shift, need_depthwise, need_pointwise = map(bool, need)
+    dx, dws, dps, dscale, dshift = torch.ops.fastnas.separable_group_backward(
+        [grad.contiguous(memory_format=memory_format(x))], [True], x, mean, var, kind, eps, scale,
+        shift, [depthwise], [pointwise], [dilation], stride, need_x, need_scale or need_shift,
+        [need_depthwise], [need_pointwise],
+    )  # fmt: skip
+    return (
+        dx if need_x else None,
+        dscale.view(-1).to(scale.dtype) if need_scale else None,
+        dshift.view(-1).to(shift.dtype) if need_shift else None,
+        dws[0] if need_depthwise else None,
+        dps[0] if need_pointwise else None,
+    )
+
+
+def _each(
+    convolve: Callable[..., Any],
+    kinds: Sequence[int],
+    eps: Sequence[float],
+    affine: Sequence[bool],
+    dilations: Sequence[int],
+    stride: int,
+    tensors: Sequence[Tensor],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The forward from the flat list of tensors; ``convolve`` is a ``separable_group``."""
+    xs, gammas, betas, means, variances = split_tensors(kinds, affine, tensors)
+    count, running = len(kinds), [kind == RUNNING for kind in kinds]
+    depthwise, pointwise = tensors[-2 * count : -count], tensors[-count:]
+    rows = zip(
+        xs, kinds, eps, spread(affine, gammas), spread(affine, betas), spread(running, means),
+        spread(running, variances), strict=True,
+    )  # fmt: skip
+    found = [
+        convolve(*row, [depthwise[k]], [pointwise[k]], [dilations[k]], stride)
+        for k, row in enumerate(rows)
+    ]
+    mean, var = (torch.stack([each[i] for each in found]) for i in (1, 2))
+    return [each[0][0] for each in found], mean, var
