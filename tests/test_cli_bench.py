@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -78,6 +80,21 @@ def test_ctrl_c_leaves_the_table(tmp_path, capsys, monkeypatch):
     assert not found["finished"]
     seconds = found["methods"]["darts"]["forms"]["stock, contiguous"]["seconds"]
     assert len(seconds) == 1
+
+
+def test_sigterm_before_anything_is_measured(capsys, monkeypatch):
+    def ended(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Form, "first_step", ended)
+    assert main([*WORDS, "--method", "darts"]) == 128 + signal.SIGTERM
+    output = capsys.readouterr()
+    assert "Stopped before anything was measured.\nstopped by SIGTERM\n" in output.err
+    assert "stock, contiguous, memory (1 of 6 forms)" in output.err
+    assert output.out == ""
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("name", ["darts", "pc_darts"])

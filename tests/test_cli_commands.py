@@ -178,6 +178,15 @@ def test_signal_saves_and_says_how_to_go_on(folder, capsys, number):
         (["eval", "DARTS_V1", "--drop-path", "1"], "drop_path: expected at least 0 and below 1"),
         (["eval", "images/train-labels-idx1-ubyte.gz"], "images/train-labels-idx1-ubyte.gz: "),
         (["genotypes", "DARTS_V3"], "a published name (DARTS_V1, DARTS_V2, PC_DARTS_cifar"),
+        (["gap", "nope"], "nope: expected the folder of a search, but there is no config.json"),
+        (
+            ["search", "--keep", "1,2,2,3"],
+            "--keep: an option of --method da2s, and this is a search by --method pc_darts",
+        ),
+        (
+            ["search", "--method", "entrannas", "--sparsity_lambda=3"],
+            "--sparsity_lambda: an option of --method entrannas_dst, and this",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

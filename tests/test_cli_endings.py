@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -118,6 +119,28 @@ def test_a_run_of_the_other_command(tmp_path, capsys):
             f"{path} holds a run of fastnas {other}: "
             f"continue it with: fastnas {other} --resume --out {path}\n"
         )
+
+
+def test_gap_of_an_evaluation(tmp_path, capsys):
+    out = tmp_path / "e"
+    Evaluation(eval_config(epochs=1, out=str(out)), data=images(size=16)).run()
+    capsys.readouterr()
+    assert main(["gap", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"{out} holds a run of fastnas eval: the supernet of a search is tested\n"
+    )
+
+
+def test_a_search_on_datasets_is_not_evaluated_on_other_images(tmp_path, capsys):
+    """It would be, on those that a search without --data takes."""
+    out = str(tmp_path / "s")
+    Search(search_config(epochs=1, out=out), data=images()).run()
+    assert json.loads((tmp_path / "s" / "config.json").read_text())["data"] == images().name
+    assert f" on {images().name}, " in capsys.readouterr().out
+    for command in (["eval", out], ["gap", out], ["search", "--resume", "--out", out]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert f"unknown specification {images().name!r}" in error and "same `data=`" in error
 
 
 # --- standard output and error ---------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -285,10 +286,22 @@ def test_a_home_that_does_not_exist():
 
 
 def test_torchvision_is_asked_for_by_its_extra(tmp_path, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
     monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setattr("importlib.metadata.version", missing)
     for kind in ("cifar10", "cifar100", "folder"):
         with pytest.raises(ImportError, match=r'pip install "fastnas\[vision\]"'):
             load(f"{kind}:{tmp_path}")
+
+
+def test_a_torchvision_of_another_torch_is_not_asked_for_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.9+cu1")
+    with pytest.raises(ImportError, match=r"torchvision 0.9\+cu1 does not fit torch") as raised:
+        load(f"folder:{tmp_path}")
+    assert "fastnas[vision]" not in str(raised.value)
 
 
 def test_tool_takes_the_first_of_each_class():

@@ -188,6 +188,12 @@ class Counting(IterableDataset):
         ),
         (
             (TensorDataset(*[torch.zeros(3)] * 2),) * 2,
+            {"num_classes": 1},
+            ValueError,
+            "num_classes: expected at least 2, got 1",
+        ),
+        (
+            (TensorDataset(*[torch.zeros(3)] * 2),) * 2,
             {"num_classes": 2},
             ValueError,
             r"\[C, H, W\], got \[\]",
@@ -217,10 +223,17 @@ def test_one_shape_for_all_images():
         list(data.train_batches(2, shuffle=False))
 
 
+class Numbered(Pictures):
+    """The label is the index."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0], index
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_labels_are_checked_in_every_process(workers):
-    data = make(workers=workers, num_classes=1)
-    with pytest.raises(ValueError, match=r"image 1 has label 1, expected 0 to 0"):
+    data = from_datasets(Numbered(), Pictures(), workers=workers, **NUMBERS)
+    with pytest.raises(ValueError, match=r"image 2 has label 2, expected 0 to 1"):
         list(data.train_batches(2, shuffle=False))
 
 

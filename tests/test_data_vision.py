@@ -106,6 +106,13 @@ def test_directory_with_a_test_set(tmp_path, part, in_memory):
     check_colours(data.test_batches(5))
 
 
+@pytest.mark.parametrize("sub", ["", "train"])
+def test_one_class_is_too_few(tmp_path, sub):
+    write_images(tmp_path / sub, 10, alone=(1, 2, 3))
+    with pytest.raises(ValueError, match="at least two classes, but found only 'alone'"):
+        load(f"folder:{tmp_path}", workers=0)
+
+
 def test_directory_prefers_a_test_set_with_classes(tmp_path):
     # As ImageNet comes: the images of test/ are of unknown class.
     write_images(tmp_path / "train", 2)

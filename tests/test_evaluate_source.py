@@ -68,7 +68,7 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path):
         ('{"normal": ' + "[" * 50_000, "not a JSON file"),
         ('{"version": ' + "9" * 5_000 + "}", "not a JSON file"),
         ("Genotype(normal=" + "[" * 50_000, "not of the form"),
-        (f"{GENOTYPE}\n{GENOTYPE}", "found 2"),
+        (f"{GENOTYPE}\n{GENOTYPE}", "it has 2 of these"),
         ("Genotype(__import__('os').system('true'))", "genotype"),
         ("{}", "one of the spaces darts"),
         ("{", "not a JSON file"),

@@ -353,7 +353,7 @@ def test_command_on_other_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         gap_command, "Search", lambda config, **k: Search(config, data=tiny.images(), **k)
     )
     assert main(["gap", str(tmp_path / "none")]) == 2
-    assert "holds no run to continue" in capsys.readouterr().err
+    assert "expected the folder of a search" in capsys.readouterr().err
     searched("darts", out=str(tmp_path / "run"))
     (tmp_path / "run" / "checkpoint.pt").unlink()
     (tmp_path / "run" / "metrics.jsonl").unlink()

@@ -62,11 +62,12 @@ class Comparison:
         stop = time.perf_counter() + seconds
         first = self._prepare(tell)
         self._compile(seconds * _COMPILING, first, tell)
-        tell(f"{self.method}: {len(self.forms)} forms in turns")
+        left = max(stop - time.perf_counter(), 0.0)
+        tell(f"{self.method}: {len(self.forms)} forms in turns, {left:.0f} s or {_ROUNDS} rounds")
         interleave(
             {form.name: form.step for form in self.forms},
             self._scene.device,
-            stop - time.perf_counter(),
+            left,
             least=_ROUNDS,
             result=self.times,
         )
@@ -75,8 +76,9 @@ class Comparison:
         """Check each form and count its memory; of each of ours the faster format is kept."""
         wanted: list[Tensor] | None = None
         ours: dict[str, list[tuple[float, Form]]] = {}
-        for form in make_forms(self._scene, self._config):
-            tell(f"{self.method}: {form.name}, memory")
+        forms = make_forms(self._scene, self._config)
+        for number, form in enumerate(forms, 1):
+            tell(f"{self.method}: {form.name}, memory ({number} of {len(forms)} forms)")
             found = form.first_step()
             # A graph is gone before the next form makes its own: that one's peak is its own too.
             return_memory()

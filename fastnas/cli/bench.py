@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
@@ -14,6 +17,7 @@ from fastnas.bench.config import BenchConfig
 from fastnas.bench.session import Comparison, Session
 from fastnas.cli.terminal import console, error_console
 from fastnas.search.files import write_json
+from fastnas.search.interrupts import RunInterrupted
 
 __all__ = ["main"]
 
@@ -41,14 +45,34 @@ def main(argv: Sequence[str]) -> int:
 
         session = Session(config, tell)
         try:
-            session.run()
+            with _obeying_sigterm():
+                session.run()
         finally:
             shown.stop()
-            if session.comparisons:
+            if any(comparison.measured() for comparison in session.comparisons):
                 show(session, target)
                 if config.json is not None:
                     write_json(config.json, session.to_dict())
+            elif session.comparisons:
+                status.print("Stopped before anything was measured.", style="yellow")
     return 0
+
+
+@contextlib.contextmanager
+def _obeying_sigterm() -> Iterator[None]:
+    """Let SIGTERM end it as Ctrl-C does; signals are the main thread's alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise RunInterrupted("stopped by SIGTERM", number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def show(session: Session, target: Console) -> None:

@@ -51,7 +51,13 @@ def main(argv: Sequence[str]) -> int:
         CheckpointError: the checkpoint is damaged or of another search.
     """
     options = tyro.cli(Options, prog="fastnas gap", description=_DESCRIPTION, args=list(argv))
-    config = begun_with(SearchConfig, RunDirectory(options.run))
+    run = RunDirectory(options.run)
+    if not run.config.is_file():
+        raise FileNotFoundError(
+            f"{options.run}: expected the folder of a search, but there is no {run.config.name}; a "
+            "first search is made by: fastnas search"
+        )
+    config = begun_with(SearchConfig, run, "the supernet of a search is tested")
     changes = {k: v for k in ("device", "threads") if (v := getattr(options, k)) is not None}
     search = Search(dataclasses.replace(config, resume=True, **changes), progress=Progress())
     if not search.resumed:

@@ -49,8 +49,10 @@ def choices(argv: Sequence[str], **defaults: D) -> dict[str, D | str]:
     }
 
 
-def begun_with(kind: type[R], run: RunDirectory) -> R:
+def begun_with(kind: type[R], run: RunDirectory, purpose: str = "") -> R:
     """The configuration of the run in a folder, with the folder where it is now.
+
+    ``purpose`` is what it is wanted for, unless to go on with it.
 
     Raises:
         FileNotFoundError: no run was begun there.
@@ -63,10 +65,8 @@ def begun_with(kind: type[R], run: RunDirectory) -> R:
     telling = {"search": ("space", SearchConfig), "eval": ("source", EvaluateConfig)}
     for command, (field, other) in telling.items():
         if field in fields and kind is not other:
-            raise ValueError(
-                f"{run.path} holds a run of fastnas {command}: "
-                f"continue it with: fastnas {command} --resume --out {run.path}"
-            )
+            advice = f"continue it with: fastnas {command} --resume --out {run.path}"
+            raise ValueError(f"{run.path} holds a run of fastnas {command}: {purpose or advice}")
     return dataclasses.replace(kind.from_dict(content, str(saved)), out=str(run.path))
 
 

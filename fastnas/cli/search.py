@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import fields
 
 from fastnas.cli.options import begun_with, choices, parse
 from fastnas.cli.progress import search_progress
@@ -17,7 +18,8 @@ __all__ = ["main"]
 _DESCRIPTION = "\n\n".join(
     (  # paragraphs of one line: the parser does not wrap them
         "Search an architecture; without options a cell, by PC-DARTS on images in the package.",
-        f"Methods: {', '.join(METHODS)}. Spaces: {', '.join(SPACES)}.",
+        f"Methods: {', '.join(METHODS)}. Spaces: {', '.join(SPACES)}. Some have options of their "
+        "own: --help after --method NAME or --space NAME shows them.",
         "Writes config.json, metrics.jsonl, checkpoint.pt and genotype.json into --out.",
     )
 )
@@ -47,4 +49,30 @@ def _config(argv: Sequence[str]) -> SearchConfig:
                     "it with the same options, or start another run with another --out"
                 )
         config = begun
+    _refuse_foreign_options(config, argv)
     return parse(config, argv, preset=preset, presets=PRESETS, **words)
+
+
+def _refuse_foreign_options(config: SearchConfig, argv: Sequence[str]) -> None:
+    """Say whose an option is that this method or space does not have.
+
+    Raises:
+        ValueError: there is such an option; it names them.
+    """
+    own = {f.name for part in (config, config.options, config.network) for f in fields(part)}
+    owners: dict[str, list[str]] = {}
+    for word, kinds in (
+        ("--method", {name: method.Options for name, method in METHODS.items()}),
+        ("--space", {name: space.options for name, space in SPACES.items()}),
+    ):
+        for name, kind in kinds.items():
+            for field in fields(kind):
+                owners.setdefault(field.name, []).append(f"{word} {name}")
+    for given in argv:
+        option = given.partition("=")[0]
+        name = option.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if option.startswith("--") and name not in own and name in owners:
+            raise ValueError(
+                f"{option}: an option of {', '.join(owners[name])}, and this is a search by "
+                f"--method {config.method} in --space {config.space}"
+            )

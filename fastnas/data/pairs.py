@@ -62,6 +62,8 @@ def from_datasets(
         if not hasattr(train, "classes"):
             raise ValueError("num_classes: needed, as the Dataset has no attribute `classes`")
         num_classes = len(train.classes)
+    if num_classes < 2:
+        raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
     with seeded(0):
         sample = to_tensor(train[0][0])
     if sample.ndim != 3:

@@ -63,7 +63,10 @@ def load(
     if spec != DEFAULT and not (kind in _WITH_DIRECTORY and rest):
         known = ", ".join([DEFAULT, *(f"{name}:DIR" for name in _WITH_DIRECTORY)])
         hint = " (a directory must follow its colon)" if kind in _WITH_DIRECTORY else ""
-        raise ValueError(f"data: unknown specification {spec!r}{hint}; there are {known}")
+        raise ValueError(
+            f"data: unknown specification {spec!r}{hint}; there are {known} (a run on Datasets "
+            "from Python is evaluated and continued there, with the same `data=`)"
+        )
     # Path.expanduser raises where there is no such user.
     directory = ASSETS / DEFAULT if spec == DEFAULT else Path(os.path.expanduser(rest))
     if not directory.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,12 +37,24 @@ def datasets() -> ModuleType:
         import torchvision.datasets
     # A torchvision made for another torch fails with a RuntimeError: its operators are missing.
     except (ImportError, RuntimeError) as error:
-        raise ImportError(
-            'this data set is read with torchvision: pip install "fastnas[vision]" '
-            f"(it must fit torch {torch.__version__}; importing it said: {error})"
-        ) from error
+        raise ImportError(_what_to_install(error)) from error
     module: ModuleType = torchvision.datasets
     return module
+
+
+def _what_to_install(error: Exception) -> str:
+    try:
+        found = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        return (
+            'this data set is read with torchvision: pip install "fastnas[vision]" '
+            f"(it must fit torch {torch.__version__}; importing it said: {error})"
+        )
+    return (
+        f"this data set is read with torchvision, but torchvision {found} does not fit torch "
+        f"{torch.__version__} (importing it said: {error}): install the one made for it, from "
+        "where that torch came from (with the same --index-url, if it was given one)"
+    )
 
 
 def load_cifar(spec: str, directory: Path) -> ImageData:
@@ -192,6 +205,11 @@ def load_folder(
 
 def _classes_and_files(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
     found = datasets().ImageFolder(str(root))
+    if len(found.classes) < 2:
+        raise ValueError(
+            f"{root}: expected a sub-folder for each of at least two classes, but found only "
+            f"{found.classes[0]!r}"
+        )
     return list(found.classes), list(found.samples)
 
 

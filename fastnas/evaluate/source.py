@@ -153,7 +153,9 @@ def _call(text: str) -> str:
     """The one ``Genotype(...)`` in a text such as a log or a line ``NAME = Genotype(...)``."""
     calls = text.count("Genotype(")
     if calls != 1:
-        raise ValueError(f"expected JSON or a text with one Genotype(...), but found {calls}")
+        raise ValueError(
+            f"expected JSON or a text with one Genotype(...), but it has {calls or 'none'} of these"
+        )
     start = text.index("Genotype(")
     depth = 0
     for end, character in enumerate(text[start:], start):

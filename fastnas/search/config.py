@@ -38,7 +38,8 @@ class SearchConfig:
     method: str = "pc_darts"
     """How it is searched: a key of fastnas.methods.METHODS."""
     data: str = DEFAULT
-    """Images to search on, as fastnas.data.load reads it: fashion-mnist-mini, cifar10:DIR, ..."""
+    """Images to search on: fashion-mnist-mini (in the package), fashion-mnist:DIR, cifar10:DIR,
+    cifar100:DIR or folder:DIR (a sub-folder a class); see fastnas.data.load."""
     image_size: int | None = None
     """Side of the images in pixels; none keeps the size of the data."""
     out: str | None = "runs/demo"
@@ -54,7 +55,7 @@ class SearchConfig:
     """First layers: cifar keeps the image size, imagenet divides it by eight (spaces of cells)."""
 
     epochs: int = 4
-    """Passes over the half of the images that the weights are trained on."""
+    """Passes over the images that the weights are trained on (--weight-share of them)."""
     batch_size: int = 32
     """Images in a batch of the weights, and in one of the architecture."""
     lr: float = 0.05

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ class Search(Resumable):
     def __init__(
         self, config: SearchConfig, *, data: Data | None = None, progress: Progress | None = None
     ) -> None:
+        if data is not None:
+            config = replace(config, data=data.name)
         self.config = config
         self.device = config.torch_device()
         check_threads(config.threads)
