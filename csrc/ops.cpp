@@ -100,4 +100,10 @@ TORCH_LIBRARY(fastnas, m) {
   m.def(
       "pool_pair_backward(Tensor? grad_max, Tensor? grad_avg, Tensor x, int[] size, int stride) -> "
       "Tensor");
+
+  // y = W max(x, 0), weight (C', C, 1, 1).
+  m.def("relu_pointwise(Tensor x, Tensor weight) -> Tensor");
+  m.def(
+      "relu_pointwise_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool "
+      "need_weight) -> (Tensor, Tensor)");
 }

@@ -132,6 +132,19 @@ def pool_pair(device, layout="contiguous", dtype=torch.float32, shape=SHAPE, str
     return Call([x, *grads], run)
 
 
+def relu_pointwise(device, layout="contiguous", dtype=torch.float32, shape=SHAPE):
+    x = cases.make(shape, dtype, layout, device).requires_grad_()
+    weight = cases.make((6, shape[1], 1, 1), dtype, device=device, seed=20).requires_grad_()
+    grad = cases.make((shape[0], 6, *shape[2:]), dtype, layout, device, seed=30)
+
+    def run(inputs):
+        x, weight, grad = inputs
+        y = ops.relu_pointwise(x, weight)
+        return [y, *torch.autograd.grad(y, [x, weight], grad)]
+
+    return Call([x, weight, grad], run)
+
+
 def separable_group(device, layout="contiguous", dtype=torch.float32, shape=SHAPE, stride=1):
     channels, dilations = shape[1], (1, 2)
     x = cases.make(shape, dtype, layout, device).requires_grad_()
@@ -203,6 +216,7 @@ CALLS = {
     "depthwise_group, stride 2": lambda device, **kw: depthwise_group(device, stride=2, **kw),
     "pool_pair": pool_pair,
     "pool_pair, stride 2": lambda device, **kw: pool_pair(device, stride=2, **kw),
+    "relu_pointwise": relu_pointwise,
     "separable_group": separable_group,
     "separable_group, stride 2": lambda device, **kw: separable_group(device, stride=2, **kw),
     "sample_paths": lambda device, layout="", dtype=None, shape=SHAPE: sample_paths(device),

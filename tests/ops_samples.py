@@ -92,6 +92,7 @@ def samples(device):
     yield "empty", "sparse_connections_backward", (alpha[:0], *cell, False)
     yield from depthwise_samples(device)
     yield from pool_samples(device)
+    yield from relu_samples(device)
     yield from norm_depthwise_samples(device)
     yield from separable_samples(device)
 
@@ -162,6 +163,22 @@ def pool_samples(device):
     empty = tensors(1, (0, 3, 4, 5), device)[0]
     yield "empty", "pool_pair", (empty, 1)
     yield "empty", "pool_pair_backward", (empty, empty, empty, [4, 5], 1)
+
+
+def relu_samples(device):
+    """Arguments of the two ops of relu_pointwise: all gradients, either, none."""
+    weight = cases.make((5, 3, 1, 1), F32, device=device)
+    for layout in ("contiguous", "channels_last", "sliced_last", "expanded"):
+        for dtype in (F32, BF16):
+            x = tensors(1, (2, 3, 4, 5), device, (dtype,), (layout,))[0]
+            g = tensors(1, (2, 5, 4, 5), device, (dtype,), (layout,))[0]
+            yield f"{layout}-{cases.ids(dtype)}", "relu_pointwise", (x, weight)
+            for needs in ((True, True), (True, False), (False, True), (False, False)):
+                name = f"{layout}-{cases.ids(dtype)}-{needs}"
+                yield name, "relu_pointwise_backward", (g, x, weight, *needs)
+    empty, g = (tensors(1, (0, c, 4, 5), device)[0] for c in (3, 5))
+    yield "empty", "relu_pointwise", (empty, weight)
+    yield "empty", "relu_pointwise_backward", (g, empty, weight, True, True)
 
 
 def norm_depthwise_samples(device):

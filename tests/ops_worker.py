@@ -50,6 +50,8 @@ def mixing_calls(count, shape, dtype, layout):
         (y,) = ops.batch_norm_depthwise(xs[0], norm, kernels[:1], [1])
         yield "batch_norm_depthwise", y, [xs[0], kernels[0], *norm.parameters()]
     matrices = [cases.make((c, c, 1, 1), dtype, seed=70 + k).requires_grad_() for k in range(3)]
+    wide = cases.make((c + 3, c, 1, 1), dtype, seed=80).requires_grad_()
+    yield "relu_pointwise", ops.relu_pointwise(xs[0], wide), [xs[0], wide]
     for stride in (1, 2):
         ys = ops.separable_group(xs[0], kernels, matrices, [1, 1, 2], stride)
         yield f"separable_group/{stride}", torch.stack(ys), [xs[0], *kernels, *matrices]
@@ -128,6 +130,10 @@ def large_calls(layout):
             [grad, grad], [1, 1], xs[0], [32, 32], kernels, [1, 2], 1, True, True, [1, 1]
         ),
         "pool_pair": lambda: ops.pool_pair(xs[0]),
+        "relu_pointwise": lambda: ops.relu_pointwise(xs[0], matrices[0]),
+        "relu_pointwise_backward": lambda: raw.relu_pointwise_backward(
+            grad, xs[0], matrices[0], True, True
+        ),
         "pool_pair_backward": lambda: raw.pool_pair_backward(grad, grad, xs[0], [32, 32], 1),
         "batch_norm_depthwise": lambda: ops.batch_norm_depthwise(xs[0], norms[0], kernels, [1, 2]),
         "batch_norm_depthwise_backward": lambda: raw.batch_norm_depthwise_backward(

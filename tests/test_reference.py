@@ -244,6 +244,7 @@ def calls(device):
         yield y, [xs[0], kernels[1], *norm.parameters()], [norm]
     matrices = [cases.make((3, 3, 1, 1), torch.float64, device=device, seed=k) for k in (3, 5)]
     matrices[1].requires_grad_()
+    yield ops.relu_pointwise(xs[0], matrices[1]), [xs[0], matrices[1]], []
     for norm in (None, cases.doubled(cases.make_norms(7, 3, device))[2]):
         y = ops.separable_group(xs[0], kernels, matrices, [2, 1], 2, norm)[1]
         yield y, [xs[0], kernels[1], matrices[1]], [norm]

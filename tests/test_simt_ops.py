@@ -70,6 +70,7 @@ def simt():
         "sample_paths",
         "depthwise_group",
         "pool_pair",
+        "relu_pointwise",
         "ops_alignment",
         "batch_norm_depthwise",
         "separable_each",

@@ -48,16 +48,17 @@ struct PlaneKernels {
   void (*normalise)(acc_t* x, int64_t x_row, int64_t rows, int64_t n, const acc_t* scale,
                     const acc_t* shift);
 
-  // out[r][i] = W h[r][i] over the C channels of rows x n pixels. A pixel is ceil(C / L) vectors, x_group and out_group
-  // apart; with fewer channels than lanes a vector holds those of L / C images. Pixels of x are L elements apart, those
-  // of out `step`. w: vector q C + c has w[q L + l mod C][c] in lane l. Asks for C % L == 0 or L % C == 0.
+  // out[r][i] = W h[r][i] for rows x n pixels, C channels in and `outputs` out. A pixel is C / L vectors, x_group apart,
+  // and outputs / L of out, out_group apart; with fewer channels than lanes, as many in as out, a vector holds those of
+  // L / C images. Pixels of x are L elements apart, those of out `step`. w: vector q C + c has w[q L + l mod C][c] in
+  // lane l. Asks for C % L == 0 and outputs % L == 0, or L % C == 0.
   void (*multiply)(const acc_t* x, int64_t x_group, int64_t x_row, const acc_t* w, int64_t C,
-                   acc_t* out, int64_t out_group, int64_t out_row, int64_t step, int64_t rows,
-                   int64_t n);
+                   int64_t outputs, acc_t* out, int64_t out_group, int64_t out_row, int64_t step,
+                   int64_t rows, int64_t n);
 
   // sums += sum over n pixels of g x^T, in the layout that w has there.
-  void (*outer)(const acc_t* g, int64_t g_group, const acc_t* x, int64_t x_group, int64_t C,
-                acc_t* sums, int64_t n);
+  void (*outer)(const acc_t* g, int64_t g_group, int64_t outputs, const acc_t* x, int64_t x_group,
+                int64_t C, acc_t* sums, int64_t n);
 
   // dx = 0 where x (rectified) is 0, over rows x n pixels without a gap in dx.
   void (*mask)(acc_t* dx, const acc_t* x, int64_t x_row, int64_t rows, int64_t n);

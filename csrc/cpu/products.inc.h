@@ -80,18 +80,18 @@ void multiply_wide(const A* x, int64_t x_group, int64_t x_row, const A* w, int64
 }
 
 template <typename A>
-void multiply(const A* x, int64_t x_group, int64_t x_row, const A* w, int64_t C, A* out,
-              int64_t out_group, int64_t out_row, int64_t step, int64_t rows, int64_t n) {
+void multiply(const A* x, int64_t x_group, int64_t x_row, const A* w, int64_t C, int64_t outputs,
+              A* out, int64_t out_group, int64_t out_row, int64_t step, int64_t rows, int64_t n) {
   constexpr int L = Lane<A>::kLanes;
   const auto narrow = [&](auto channels) {
     multiply_narrow<A, decltype(channels)::value>(x, x_row, w, out, out_row, step, rows, n);
   };
   if (C < L) return with_channels<L>(C, narrow);
   int64_t q = 0;
-  for (; q + 2 <= C / L; q += 2)
+  for (; q + 2 <= outputs / L; q += 2)
     multiply_wide<A, 2>(x, x_group, x_row, w + q * C * L, C, out + q * out_group, out_group,
                         out_row, step, rows, n);
-  if (q < C / L)
+  if (q < outputs / L)
     multiply_wide<A, 1>(x, x_group, x_row, w + q * C * L, C, out + q * out_group, out_group,
                         out_row, step, rows, n);
 }
@@ -110,8 +110,8 @@ void outer_narrow(const A* g, const A* x, A* sums, int64_t n, std::index_sequenc
 }
 
 template <typename A>
-void outer(const A* g, int64_t g_group, const A* x, int64_t x_group, int64_t C, A* sums,
-           int64_t n) {
+void outer(const A* g, int64_t g_group, int64_t outputs, const A* x, int64_t x_group, int64_t C,
+           A* sums, int64_t n) {
   using Ln = Lane<A>;
   constexpr int L = Ln::kLanes;
   const auto narrow = [&](auto channels) {
@@ -119,7 +119,7 @@ void outer(const A* g, int64_t g_group, const A* x, int64_t x_group, int64_t C, 
     outer_narrow<A, kC>(g, x, sums, n, std::make_index_sequence<kC>{});
   };
   if (C < L) return with_channels<L>(C, narrow);
-  for (int64_t q = 0; q < C / L; ++q, g += g_group)
+  for (int64_t q = 0; q < outputs / L; ++q, g += g_group)
     for (int64_t c = 0; c < C; c += L, sums += L * L) {
       const A* from = x + c / L * x_group;
       typename Ln::V sum[L];

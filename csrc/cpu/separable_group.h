@@ -149,7 +149,8 @@ class Separable : Depthwise<T> {
     const int64_t ow = group_.ow, C = group_.C, rows = this->rows_of(block);
     const int64_t first = block % slabs_ * slab_, image = block / slabs_;
     const auto multiply = [&](int64_t n, acc_t* to, int64_t group, int64_t step) {
-      kernels_.multiply(b.strip.data(), strip_size(), 0, matrix, C, to, group, 0, step, 1, n * ow);
+      kernels_.multiply(b.strip.data(), strip_size(), 0, matrix, C, C, to, group, 0, step, 1,
+                        n * ow);
     };
     for (int64_t r = 0; r < rows; r += strip_rows()) {
       const int64_t n = std::min(strip_rows(), rows - r);
@@ -211,7 +212,7 @@ class Separable : Depthwise<T> {
   void multiply_transposed(const acc_t* matrix, const Rows& rows, Buffers& b) const {
     const int64_t size = g_.elements(), ow = group_.ow;
     for (int64_t q = 0; q < groups_; ++q) this->clear_outside(g_, rows, b.h.data() + q * size);
-    kernels_.multiply(b.g.data(), gradient_size(), ow * L_, matrix, group_.C,
+    kernels_.multiply(b.g.data(), gradient_size(), ow * L_, matrix, group_.C, group_.C,
                       b.h.data() + g_.offset(rows.first - rows.top, g_.border), size,
                       g_.offset(1, 0), L_, rows.last - rows.first, ow);
   }
@@ -224,8 +225,8 @@ class Separable : Depthwise<T> {
     for (int64_t r = 0; r < rows; r += strip_rows()) {
       const int64_t n = std::min(strip_rows(), rows - r);
       convolve(p, taps, r, n, b);
-      kernels_.outer(g + r * ow * L_, gradient_size(), b.strip.data(), strip_size(), group_.C, sums,
-                     n * ow);
+      kernels_.outer(g + r * ow * L_, gradient_size(), group_.C, b.strip.data(), strip_size(),
+                     group_.C, sums, n * ow);
     }
   }
 

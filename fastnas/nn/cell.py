@@ -22,7 +22,7 @@ from fastnas.nn.mixed_op import MixedOp, select_weights
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.recompute import Memory, Recompute
 from fastnas.nn.repeat import Packed
-from fastnas.nn.source import call, evaluate_source
+from fastnas.nn.source import call, evaluate_source, fuses_rectified
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
 
 if TYPE_CHECKING:
@@ -141,6 +141,8 @@ def run_alone(module: nn.Module, x: Tensor, memory: Memory = "default") -> Tenso
     route = make_route(module).audible()
     if route.norm is None:
         return module(x)
+    if route.recipe.rectified is not None and fuses_rectified(x):
+        return route.norm(ops.relu_pointwise(x, route.recipe.rectified.weight))
     run = Recompute().run if memory == "low" and Recompute.is_possible() else call
     ((y,),) = evaluate_source(x, [[route.recipe]], run)
     return route.norm(y)

@@ -20,7 +20,7 @@ from fastnas.nn.halves import SharedHalves, TwoHalves, picked_pixels
 from fastnas.nn.pool import AVERAGE_POOLS
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
 
-__all__ = ["Recipe", "evaluate_source", "make_recipe"]
+__all__ = ["Recipe", "evaluate_source", "fuses_rectified", "make_recipe"]
 
 Layer = Callable[[Tensor], Tensor]
 #: How a layer is called with its inputs.
@@ -38,6 +38,8 @@ class Recipe(NamedTuple):
     pointwise: nn.Conv2d | None = None
     #: The convolutions of a factorized reduce behind a leading ReLU.
     halves: TwoHalves | None = None
+    #: The 1x1 convolution, of any width, of a ReLU and that and no more.
+    rectified: nn.Conv2d | None = None
     #: Candidates with equal keys return the same tensor.
     key: Hashable = None
     #: What follows the shared call, as few calls as possible.
@@ -55,6 +57,8 @@ def make_recipe(layers: Sequence[Layer]) -> Recipe:
         return Recipe(layers)
     if len(layers) == 2 and isinstance(halves := layers[1], TwoHalves) and halves.is_plain():
         return Recipe(layers, halves=halves, bypassed=(*_modules(layers), *halves.convs))
+    if len(layers) == 2 and _mixes_channels(layers[1]):
+        return Recipe(layers, rectified=layers[1], bypassed=_modules(layers))  # type: ignore[arg-type]
     if not _is_depthwise(layers[1]):
         return Recipe(layers)
     taken = 3 if _is_pointwise(layers[2:3]) else 2
@@ -126,6 +130,11 @@ def _fuses_depthwise(x: Tensor) -> bool:
 
 def _fuses_pools(x: Tensor) -> bool:
     """The same for a max pool and an average pool."""
+    return x.device.type == "cpu"
+
+
+def fuses_rectified(x: Tensor) -> bool:
+    """The same for a ReLU and a 1x1 convolution that stand alone."""
     return x.device.type == "cpu"
 
 
@@ -308,15 +317,20 @@ def _is_depthwise(layer: Layer) -> bool:
 
 def _is_pointwise(layers: Sequence[Layer]) -> bool:
     """One convolution that only mixes channels, as many as it gets, without a bias."""
-    if len(layers) != 1 or type(layers[0]) is not nn.Conv2d or "forward" in vars(layers[0]):
+    if len(layers) != 1 or not _mixes_channels(layer := layers[0]):
         return False
-    layer = layers[0]
+    return layer.in_channels == layer.out_channels  # type: ignore[attr-defined]  # a convolution
+
+
+def _mixes_channels(layer: Layer) -> bool:
+    """The same for any number of channels."""
+    if type(layer) is not nn.Conv2d or "forward" in vars(layer):
+        return False
     return (
         layer.kernel_size == layer.stride == (1, 1)
         and layer.padding == (0, 0)
         and layer.bias is None
         and layer.groups == 1
-        and layer.in_channels == layer.out_channels
     )
 
 

@@ -9,6 +9,7 @@ from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.multi_target_sum import multi_target_sum
 from fastnas.ops.partial_channel_mix import partial_channel_mix
 from fastnas.ops.pool_pair import pool_pair
+from fastnas.ops.relu_pointwise import relu_pointwise
 from fastnas.ops.sample_paths import Paths, sample_paths
 from fastnas.ops.separable_each import separable_each
 from fastnas.ops.separable_group import separable_group
@@ -24,6 +25,7 @@ __all__ = [
     "multi_target_sum",
     "partial_channel_mix",
     "pool_pair",
+    "relu_pointwise",
     "sample_paths",
     "separable_each",
     "separable_group",

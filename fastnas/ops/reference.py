@@ -245,6 +245,20 @@ def pool_pair(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     return top.to(x.dtype), mean.to(x.dtype)
 
 
+def relu_pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    """ReLU and a 1x1 convolution: how DARTS' cells bring their inputs to their width.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        weight: ``(C', C, 1, 1)``.
+
+    Returns:
+        ``(N, C', H, W)``.
+    """
+    acc = accumulate_dtype(x.dtype)
+    return F.conv2d(F.relu(x).to(acc), weight.to(acc)).to(x.dtype)
+
+
 def batch_norm_depthwise(
     x: Tensor,
     kind: int,
