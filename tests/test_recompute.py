@@ -138,7 +138,7 @@ def kept_bytes(net: Supernet, k: int, x: Tensor) -> int:
     return total
 
 
-@pytest.mark.parametrize(("k", "share"), [(1, 0.78), (2, 0.72)])
+@pytest.mark.parametrize(("k", "share"), [(1, 0.79), (2, 0.75)])
 def test_a_part_of_the_memory_is_kept(k, share):
     x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     bytes_kept = {}

@@ -83,6 +83,11 @@ def test_gradcheck_and_gradgradcheck(device):
     given = operands((2, 3, 2, 3), 4, torch.float64, device=device)
     assert torch.autograd.gradcheck(relu_pointwise, given)
     assert torch.autograd.gradgradcheck(relu_pointwise, given)
+    first = []
+    for function in (relu_pointwise, stock):  # differentiable gradients are those of the layers
+        y = function(*given).square().sum()
+        first.append(torch.autograd.grad(y, given, create_graph=True))
+    torch.testing.assert_close(*first)
 
 
 def test_the_number_of_threads_changes_nothing():

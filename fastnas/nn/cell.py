@@ -142,6 +142,7 @@ def run_alone(module: nn.Module, x: Tensor, memory: Memory = "default") -> Tenso
     if route.norm is None:
         return module(x)
     if route.recipe.rectified is not None and fuses_rectified(x):
+        # Either memory keeps x, which the cells that read it have in common, and nothing of theirs.
         return route.norm(ops.relu_pointwise(x, route.recipe.rectified.weight))
     run = Recompute().run if memory == "low" and Recompute.is_possible() else call
     ((y,),) = evaluate_source(x, [[route.recipe]], run)
