@@ -45,6 +45,9 @@ SELECTED = {
     # Thousands of pixels of the largest images say nothing new.
     "depthwise_group": "not 97_90",
     "batch_norm_depthwise": "not 97_90",
+    # Composed of PyTorch's convolutions, which are the CPU's here; in bfloat16 oneDNN's are wrong
+    # on some CPUs (the gradient of 256 and more channels from few).
+    "relu_pointwise": "not threads and not bfloat16",
     # On a GPU the mean of a channel with an infinity is NaN.
     "mixed_batch_norm_statistics": "not infinity",
     # Composed of ops that are tested here as they are.
