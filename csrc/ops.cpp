@@ -46,6 +46,16 @@ TORCH_LIBRARY(fastnas, m) {
       "bool need_rest, int[] need_xs, bool need_weights) -> (Tensor, Tensor[], Tensor, Tensor, "
       "Tensor)");
 
+  // With rest the sum of weights[e] rests[e], the shuffled channels of both: the first C/k, the others. Backward: the
+  // gradient of either part, or both; rests only with need_weights.
+  m.def(
+      "partial_channel_node(Tensor mixed, Tensor[] rests, Tensor weights, int k) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "partial_channel_node_backward(Tensor? grad_mixed, Tensor? grad_rest, Tensor[] rests, Tensor "
+      "weights, int k, bool need_mixed, int[] need_rests, bool need_weights) -> (Tensor, Tensor[], "
+      "Tensor)");
+
   m.def(
       "sample_paths(Tensor logits, Tensor? counts, int seed, int step, bool two) -> (Tensor, "
       "Tensor, Tensor)");

@@ -71,6 +71,24 @@ def partial_channel_mix(
     return _mixed(device, layout, dtype, shape, mix, kinds=2, rest_shape=rest)
 
 
+def partial_channel_node(device, layout="contiguous", dtype=torch.float32, shape=SHAPE):
+    n, c, h, w = shape
+    sizes = [shape, *[(n, 3 * c, h, w)] * 3]
+    leaves = [cases.make((3,), device=device, seed=61).requires_grad_()]
+    leaves += [
+        cases.make(size, dtype, layout, device, seed=i).requires_grad_()
+        for i, size in enumerate(sizes)
+    ]
+    grads = [cases.make(size, dtype, layout, device, seed=50) for size in sizes[:2]]
+
+    def run(inputs):
+        (weights, mixed, *rests), grads = inputs[:5], inputs[5:]
+        parts = ops.partial_channel_node(mixed, rests, weights, 4)
+        return [*parts, *torch.autograd.grad(parts, [weights, mixed, *rests], grads)]
+
+    return Call([*leaves, *grads], run)
+
+
 def multi_target_sum(device, layout="contiguous", dtype=torch.float32, shape=SHAPE, normed=False):
     xs, _ = cases.make_inputs(7, shape, dtype, layout, device)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -214,6 +232,7 @@ CALLS = {
     "gate_gradient": gate_gradient,
     "depthwise_group": depthwise_group,
     "depthwise_group, stride 2": lambda device, **kw: depthwise_group(device, stride=2, **kw),
+    "partial_channel_node": partial_channel_node,
     "pool_pair": pool_pair,
     "pool_pair, stride 2": lambda device, **kw: pool_pair(device, stride=2, **kw),
     "relu_pointwise": relu_pointwise,

@@ -91,6 +91,7 @@ def samples(device):
     yield "empty", "sparse_connections", cell
     yield "empty", "sparse_connections_backward", (alpha[:0], *cell, False)
     yield from depthwise_samples(device)
+    yield from node_samples(device)
     yield from pool_samples(device)
     yield from relu_samples(device)
     yield from norm_depthwise_samples(device)
@@ -146,6 +147,25 @@ def depthwise_samples(device):
     yield "empty", "depthwise_group", (empty, kernels[:1], [1], 1, True)
     arguments = ([empty], [1], empty, [4, 5], kernels[:1], [1], 1, True, True, [1])
     yield "empty", "depthwise_group_backward", arguments
+
+
+def node_samples(device):
+    """Arguments of the two ops of partial_channel_node: both gradients, either, without rests."""
+    w3 = torch.randn(3, device=device)
+    for layout in ("contiguous", "channels_last", "sliced_last", "expanded"):
+        for dtype in (F32, BF16):
+            (mixed,) = tensors(1, (2, 3, 4, 5), device, (dtype,), (layout,))
+            rests = tensors(3, (2, 6, 4, 5), device, (dtype, F32), (layout, "contiguous"))
+            (grad,) = tensors(1, (2, 6, 4, 5), device, (dtype,), (layout,))
+            name, backward = f"{layout}-{cases.ids(dtype)}", "partial_channel_node_backward"
+            yield name, "partial_channel_node", (mixed, rests, w3, 3)
+            yield name, backward, (mixed, grad, rests, w3, 3, True, [1, 0, 1], True)
+            yield f"mixed-{name}", backward, (mixed, None, rests, w3, 3, False, [1, 1, 1], True)
+            yield f"unsaved-{name}", backward, (None, grad, [], w3, 3, True, [0, 1, 0], False)
+    mixed, rest = (tensors(1, (0, c, 4, 5), device)[0] for c in (3, 6))
+    yield "empty", "partial_channel_node", (mixed, [rest] * 3, w3, 3)
+    arguments = (mixed, rest, [rest] * 3, w3, 3, True, [1, 1, 1], True)
+    yield "empty", "partial_channel_node_backward", arguments
 
 
 def pool_samples(device):

@@ -37,6 +37,13 @@ def mixing_calls(count, shape, dtype, layout):
         affine = cases.affine_parameters(norms)
         y = ops.partial_channel_mix(x, xs, weights, 3, norms)
         yield f"partial_channel_mix/{scale}", y, [x, weights, *xs, *affine]
+    for k in (2, 3):
+        rests = [
+            cases.make((n, (k - 1) * c, h, w), dtype, layout, seed=80 + i).requires_grad_()
+            for i in range(count)
+        ]
+        parts = ops.partial_channel_node(xs[0], rests, weights, k)
+        yield f"partial_channel_node/{k}", torch.cat(parts[::-1], 1), [xs[0], weights, *rests]
     with torch.no_grad():
         yield "gate_gradient", ops.gate_gradient(xs[0], xs, weights), []
     kernels = [cases.make((c, 1, k, k), dtype, seed=60 + k).requires_grad_() for k in (3, 5, 5)]
@@ -123,6 +130,10 @@ def large_calls(layout):
         "partial_channel_mix": lambda: ops.partial_channel_mix(x, xs, weights, 4),
         "partial_channel_mix_backward": lambda: backward(
             wide, rest, [32, 32], xs, weights, 4, *norm, True, *need
+        ),
+        "partial_channel_node": lambda: ops.partial_channel_node(xs[0], [rest, rest], weights, 4),
+        "partial_channel_node_backward": lambda: raw.partial_channel_node_backward(
+            grad, wide[:, 16:], [rest, rest], weights, 4, True, *need
         ),
         "gate_gradient": lambda: ops.gate_gradient(grad, xs, weights),
         "depthwise_group": lambda: ops.depthwise_group(xs[0], kernels, [1, 2]),

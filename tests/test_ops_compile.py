@@ -95,6 +95,22 @@ def test_partial_channel_mix(halved, device):
     check_compiled(function, make, device)
 
 
+def test_partial_channel_node(device):
+    def make(size, device):
+        (xs, _, _), _, _ = mixed_arguments(size, device)
+        n, c, h, w = xs[0].shape
+        rests, weights = cases.make_inputs(
+            2, (n, 3 * c, h, w), layout="channels_last", device=device
+        )
+        return (xs[0], rests, weights), [xs[0], weights, *rests], []
+
+    def function(mixed, rests, w):
+        first, others = ops.partial_channel_node(mixed, rests, w, 4)
+        return torch.cat([first, others, first], 1)
+
+    check_compiled(function, make, device)
+
+
 def test_sample_paths_with_a_step_that_counts(device):
     logits = torch.randn(5, 4, device=device, requires_grad=True)
 
@@ -224,6 +240,7 @@ def test_without_gradients_any_number_of_candidates(count, device):
             *ops.multi_target_sum(xs, w.view(1, -1)),
             *ops.multi_target_sum(xs, w.expand(2, -1), norms),
             ops.partial_channel_mix(x, xs, w, 4),
+            *ops.partial_channel_node(x[:, :3], [x[:, 3:]] * count, w, 4),
             ops.gate_gradient(y, xs, w),
             *ops.sample_paths(w.view(1, -1), 1, 2),
             *ops.depthwise_group(x, [kernel] * count, [1] * count),
@@ -250,6 +267,8 @@ OPS = (
     "multi_target_sum_backward",
     "partial_channel_mix",
     "partial_channel_mix_backward",
+    "partial_channel_node",
+    "partial_channel_node_backward",
     "sample_paths",
     "sample_paths_backward",
     "gate_gradient",

@@ -227,6 +227,9 @@ def calls(device):
     y = ops.partial_channel_mix(x, xs, weights, 4, norms[1])
     yield y, [x, weights, *xs, *affine[1]], norms[1]
     yield ops.partial_channel_mix(x, xs, [0.5] * 7, 4), [x, *xs], []
+    rests = [x[:, 3:, :4, :5], 2 * x[:, 3:, 4:, 5:]]
+    parts = ops.partial_channel_node(xs[0], rests, weights[:2], 4)
+    yield torch.cat(parts, 1), [x, xs[0], weights], []
     for two in (False, True):
         paths = ops.sample_paths(logits, 3, 4, None, two)
         yield paths.probs, [logits], [paths.active, paths.inactive]

@@ -69,6 +69,7 @@ def simt():
         "mixed_batch_norm_statistics",
         "multi_target_sum",
         "partial_channel_mix",
+        "partial_channel_node",
         "gate_gradient",
         "sample_paths",
         "depthwise_group",

@@ -4,6 +4,7 @@
 #pragma once
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "mix.h"
 
@@ -69,23 +70,48 @@ void bypass_planes(const Bypass& b, const T* rest, T* out) {
   });
 }
 
+// Calls f(pooled, groups, distance) with what the loops over the channels of a pixel know when they are compiled: whether
+// windows are pooled, k (0: any), and how far apart the channels of rest are (0: any).
+template <typename F>
+void with_bypass(const Bypass& b, bool dense, F&& f) {
+  const auto with_groups = [&](auto pooled, auto distance) {
+    if (b.k == 4) return f(pooled, std::integral_constant<int, 4>{}, distance);
+    if (b.k == 2) return f(pooled, std::integral_constant<int, 2>{}, distance);
+    f(pooled, std::integral_constant<int, 0>{}, distance);
+  };
+  const auto with_distance = [&](auto pooled) {
+    if (dense) return with_groups(pooled, std::integral_constant<int, 1>{});
+    with_groups(pooled, std::integral_constant<int, 0>{});
+  };
+  if (b.pooled()) return with_distance(std::true_type{});
+  with_distance(std::false_type{});
+}
+
 // Output pixels [first, last), counted over the batch; out (N, oh, ow, k c) dense, channels innermost.
 template <typename T>
 void bypass_columns(const Bypass& b, const T* rest, T* out, int64_t first, int64_t last) {
-  const int64_t C = b.k * b.c;
-  for (int64_t p = first; p < last; ++p) {
-    const int64_t n = p / (b.oh * b.ow), h = p / b.ow % b.oh, w = p % b.ow;
-    T* y = out + p * C;
-    if (b.pooled()) {
-      const T* x = rest + n * b.sn + 2 * h * b.sh + 2 * w * b.sw;
-      for (int64_t q = 1, j = 0; q < b.k; ++q)
-        for (int64_t r = 0; r < b.c; ++r, ++j) y[r * b.k + q] = pool(b, x + j * b.sc);
-    } else {
-      const T* x = rest + n * b.sn + h * b.sh + w * b.sw;
-      for (int64_t q = 1, j = 0; q < b.k; ++q)
-        for (int64_t r = 0; r < b.c; ++r, ++j) y[r * b.k + q] = x[j * b.sc];
+  with_bypass(b, b.sc == 1, [&](auto pooled, auto groups, auto distance) {
+    const int64_t k = groups ? groups : b.k, c = b.c, sc = distance ? distance : b.sc;
+    const int64_t step = pooled ? 2 : 1;
+    int64_t n = first / (b.oh * b.ow), h = first / b.ow % b.oh, w = first % b.ow;
+    T* __restrict y = out + first * k * c;
+    for (int64_t p = first; p < last; ++p) {
+      const T* x = rest + n * b.sn + step * (h * b.sh + w * b.sw);
+      for (int64_t r = 0; r < c; ++r, x += sc, y += k)
+        for (int64_t q = 1; q < k; ++q) {
+          const T* from = x + (q - 1) * c * sc;
+          if constexpr (pooled)
+            y[q] = pool(b, from);
+          else
+            y[q] = *from;
+        }
+      if (++w < b.ow) continue;
+      w = 0;
+      if (++h < b.oh) continue;
+      h = 0;
+      ++n;
     }
-  }
+  });
 }
 
 // drest (N, (k - 1) c, H, W) contiguous from grad (N, k c, oh, ow) contiguous; rest is read only to pool.
@@ -122,17 +148,21 @@ void bypass_columns_backward(const Bypass& b, const T* grad, const T* rest, T* d
       if (b.pooled()) std::memset(static_cast<void*>(d), 0, rows * b.W * R * sizeof(T));
       if (h >= b.oh) continue;
       const T* g = grad + (n * b.oh + h) * b.ow * C;
-      for (int64_t w = 0; w < b.ow; ++w, g += C)
-        for (int64_t q = 1, j = 0; q < b.k; ++q)
-          for (int64_t r = 0; r < b.c; ++r, ++j) {
-            if (!b.pooled()) {
-              d[w * R + j] = g[r * b.k + q];
-              continue;
+      const T* x = b.pooled() ? rest + n * b.sn + 2 * h * b.sh : nullptr;
+      with_bypass(b, b.sc == 1, [&](auto pooled, auto groups, auto distance) {
+        const int64_t k = groups ? groups : b.k, c = b.c, sc = distance ? distance : b.sc;
+        for (int64_t w = 0; w < b.ow; ++w)
+          for (int64_t r = 0; r < c; ++r, g += k)
+            for (int64_t q = 1; q < k; ++q) {
+              const int64_t j = (q - 1) * c + r;
+              if constexpr (pooled) {
+                const int64_t i = largest(x + 2 * w * b.sw + j * sc, b.sh, b.sw);
+                d[(i / 2 * b.W + 2 * w + i % 2) * R + j] = g[q];
+              } else {
+                d[w * R + j] = g[q];
+              }
             }
-            const int64_t i =
-                largest(rest + n * b.sn + 2 * h * b.sh + 2 * w * b.sw + j * b.sc, b.sh, b.sw);
-            d[(i / 2 * b.W + 2 * w + i % 2) * R + j] = g[r * b.k + q];
-          }
+      });
     }
   });
 }

@@ -28,9 +28,13 @@ from fastnas.ops._common import MAX_CANDIDATES, memory_format
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-__all__ = ["count_fits", "joins_edges", "node_starts", "run_alone", "run_nodes"]
+__all__ = ["count_fits", "join_states", "joins_edges", "node_starts", "run_alone", "run_nodes"]
 
 _HALVE = nn.MaxPool2d(2, 2)
+
+#: ``(N, C, H, W)``; or, with partial channels, ``(N, C/k, H, W)`` and the others apart, as the
+#: edges read them.
+State = tuple[Tensor, ...]
 
 
 class _Arrival(NamedTuple):
@@ -78,16 +82,16 @@ def _kind(edge: nn.Module) -> int | None:
 
 
 def run_nodes(
-    states: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     edges: Sequence[MixedOp],
     op_weights: Tensor,
     edge_weights: Tensor | None = None,
     memory: Memory = "default",
-) -> list[Tensor]:
+) -> list[State]:
     """Compute the nodes of a cell whose every node has an edge from every state before it.
 
     Args:
-        states: the cell's inputs, ``(N, C, H, W)``.
+        inputs: of the cell, ``(N, C, H, W)``.
         edges: mixed ops that ``joins_edges``, node by node and within a node by source.
         op_weights: ``[E, K]``, for each edge the weights of its candidates.
         edge_weights: ``[E]``, the factor of each edge in its node's sum; None for ones.
@@ -95,10 +99,10 @@ def run_nodes(
             (``fastnas.nn.recompute``); where that is not possible it has no effect.
 
     Returns:
-        ``states`` and the nodes after them.
+        The inputs and the nodes after them, for ``join_states``.
     """
-    states, inputs = list(states), len(states)
-    starts = node_starts(inputs, len(edges))
+    states: list[State] = [(x,) for x in inputs]
+    starts = node_starts(len(inputs), len(edges))
     k = _kind(edges[0])
     assert k is not None
     factors = edge_weights
@@ -111,14 +115,14 @@ def run_nodes(
     arrivals: list[list[_Arrival]] = [[] for _ in starts]
 
     def leave(source: int) -> None:
-        nodes = range(max(source - inputs + 1, 0), len(starts))
+        nodes = range(max(source - len(inputs) + 1, 0), len(starts))
         numbers = [starts[node] + source for node in nodes]
         leaving, weights = [edges[e] for e in numbers], [rows[e] for e in numbers]
         found = _leave(states[source], leaving, weights, k, again)
         for node, arrival in zip(nodes, found, strict=True):
             arrivals[node].append(arrival)
 
-    for source in range(inputs):
+    for source in range(len(inputs)):
         leave(source)
     for node, start in enumerate(starts):
         # An arrival is dropped here, so that nothing of it outlives its use.
@@ -126,8 +130,14 @@ def run_nodes(
         mine = None if factors is None else factors[start : start + len(arrived)]
         states.append(_mix(arrived, mine, k, again))
         if node + 1 < len(starts):
-            leave(inputs + node)
+            leave(len(inputs) + node)
     return states
+
+
+def join_states(states: Sequence[State]) -> Tensor:
+    """The channels of all ``states``, one after the other, as one tensor."""
+    parts = [part for state in states for part in state]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def count_fits(inputs: int, edges: int) -> bool:
@@ -158,16 +168,21 @@ def node_starts(inputs: int, count: int) -> list[int]:
 
 
 def _leave(
-    x: Tensor, edges: Sequence[MixedOp], rows: Sequence[Tensor], k: int, again: Recompute | None
+    state: State, edges: Sequence[MixedOp], rows: Sequence[Tensor], k: int, again: Recompute | None
 ) -> Iterator[_Arrival]:
-    """Run the candidates of all edges that leave ``x``."""
+    """Run the candidates of all edges that leave ``state``."""
     run = call if again is None else again.run
+    mixed, rest = state if len(state) == 2 else (state[0], None)
+    # Of the shape of the whole.
+    x = mixed if rest is None else mixed[:, :1].expand(-1, k * mixed.shape[1], -1, -1)
     for edge, row in zip(edges, rows, strict=True):
         edge._check(x, row)
-    mixed, rest = x, None
-    if k > 1:
+    packed = Packed(memory_format(mixed))
+    if k > 1 and rest is None:
         # One split gives autograd one concatenation; slices would cost it a padded gradient each.
         mixed, rest = x.split([x.shape[1] // k, x.shape[1] - x.shape[1] // k], 1)
+        if _keeps_parts(x):
+            mixed = run(packed, mixed)
     used = [[r for r in enumerate(edge._routes()) if not r[1].zero] for edge in edges]
     recipes = [[route.recipe for _, route in routes] for routes in used]
     outputs = evaluate_source(mixed, recipes, run)
@@ -177,7 +192,7 @@ def _leave(
         if rest is not None and height not in bypass:
             bypass[height] = (
                 # Once for all nodes, each of which would have to copy the slice.
-                run(Packed(memory_format(x)), rest) if height == x.shape[2] else run(_HALVE, rest)
+                run(packed, rest) if height == x.shape[2] else run(_HALVE, rest)
             )
         everything = len(routes) == len(edge._ops)
         weights = row if everything else select_weights(row, [i for i, _ in routes])
@@ -191,16 +206,26 @@ def _leave(
 
 def _mix(
     arrivals: Sequence[_Arrival], factors: Tensor | None, k: int, again: Recompute | None
-) -> Tensor:
+) -> State:
     """The sum over all that arrives at a node."""
     run = call if again is None else again.mix
     xs = [x for arrival in arrivals for x in arrival.xs]
     norms = [norm for arrival in arrivals for norm in arrival.norms]
     weights = torch.cat([arrival.weights for arrival in arrivals])
+    rests = [arrival.rest for arrival in arrivals if arrival.rest is not None]
+    state: State
     if k == 1:
-        y = run(ops.mixed_batch_norm, xs, weights, norms)
+        state = (run(ops.mixed_batch_norm, xs, weights, norms),)
+    elif _keeps_parts(xs[0]):
+        mixed = run(ops.mixed_batch_norm, xs, weights, norms)
+        state = run(ops.partial_channel_node, mixed, rests, factors, k)
     else:
-        assert factors is not None
-        rest = run(ops.mixed_sum, [a.rest for a in arrivals if a.rest is not None], factors)
-        y = run(ops.partial_channel_mix, rest, xs, weights, k, norms)
-    return y.to(reduce(torch.promote_types, (a.dtype for a in arrivals), y.dtype))
+        rest = run(ops.mixed_sum, rests, factors)
+        state = (run(ops.partial_channel_mix, rest, xs, weights, k, norms),)
+    dtype = reduce(torch.promote_types, (a.dtype for a in arrivals), state[0].dtype)
+    return tuple(part.to(dtype) for part in state)
+
+
+def _keeps_parts(x: Tensor) -> bool:
+    """Where nodes in two parts were measured to be the faster ones."""
+    return x.device.type == "cpu"

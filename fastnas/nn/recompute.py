@@ -216,7 +216,7 @@ class Recompute:
         self._close()
         return outputs[0] if repeat.instead else ys
 
-    def mix(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def mix(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(*arguments)``, which saves notes of what costs one pass to make again."""
         self._only_cheap = True
         with self._saving():

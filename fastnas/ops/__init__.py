@@ -8,6 +8,7 @@ from fastnas.ops.mixed_batch_norm import mixed_batch_norm
 from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.multi_target_sum import multi_target_sum
 from fastnas.ops.partial_channel_mix import partial_channel_mix
+from fastnas.ops.partial_channel_node import partial_channel_node
 from fastnas.ops.pool_pair import pool_pair
 from fastnas.ops.relu_pointwise import relu_pointwise
 from fastnas.ops.sample_paths import Paths, sample_paths
@@ -24,6 +25,7 @@ __all__ = [
     "mixed_sum",
     "multi_target_sum",
     "partial_channel_mix",
+    "partial_channel_node",
     "pool_pair",
     "relu_pointwise",
     "sample_paths",

@@ -186,6 +186,26 @@ def partial_channel_join(rest: Tensor, mixed: Tensor, k: int) -> Tensor:
     return channel_shuffle(torch.cat([mixed, rest.to(mixed.dtype)], 1), k)
 
 
+def partial_channel_node(
+    mixed: Tensor, rests: Sequence[Tensor], weights: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The end of a PC-DARTS node: the bypassed channels of its edges summed up, and the shuffle.
+
+    Args:
+        mixed: ``(N, C/k, H, W)``.
+        rests: for each edge ``(N, C - C/k, H, W)``.
+        weights: ``(E,)``, the factors of the edges.
+        k: one channel in k is mixed.
+
+    Returns:
+        The first C/k shuffled channels, and the others.
+    """
+    dtype, c = result_dtype([mixed, *rests]), mixed.shape[1]
+    y = partial_channel_join(mixed_sum(rests, weights).to(dtype), mixed.to(dtype), k)
+    first, others = y.split([c, y.shape[1] - c], 1)
+    return first.clone(), others.clone()
+
+
 def gate_gradient(grad_output: Tensor, outputs: Sequence[Tensor | None], probs: Tensor) -> Tensor:
     """Gradient of the gate logits, ProxylessNAS (arXiv 1812.00332) eq. 4 in closed form.
 

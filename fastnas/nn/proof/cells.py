@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fastnas.nn.batch_norm import has_global_hook
-from fastnas.nn.cell import node_starts, run_nodes
+from fastnas.nn.cell import join_states, node_starts, run_nodes
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.proof.cell_formula import (
     INPUTS,
@@ -103,7 +103,7 @@ def run_cell(
         # Edge by edge the two are never multiplied with each other, in whatever dtype they have.
         dtype = torch.promote_types(weights.dtype, states[0].dtype)
         weights, edge_weights = weights.to(dtype), edge_weights.to(dtype)
-    return torch.cat(run_nodes(states, mixed_ops(cell), weights, edge_weights)[-last:], 1)
+    return join_states(run_nodes(states, mixed_ops(cell), weights, edge_weights)[-last:])
 
 
 class CellJudge:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.nn.candidates import DARTS_PRIMITIVES
-from fastnas.nn.cell import joins_edges, run_alone, run_nodes
+from fastnas.nn.cell import join_states, joins_edges, run_alone, run_nodes
 from fastnas.nn.connections import run_connections
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.partial import PartialMixedOp
@@ -115,8 +115,8 @@ class Cell(nn.Module):
             )
             return torch.cat(states[-self._multiplier :], dim=1)
         if joins_edges(ops):
-            states = run_nodes(states, ops, weights.ops, weights.edges, self.memory)
-            return torch.cat(states[-self._multiplier :], dim=1)
+            nodes = run_nodes(states, ops, weights.ops, weights.edges, self.memory)
+            return join_states(nodes[-self._multiplier :])
         rows = weights.ops.unbind(0)
         start = 0
         for _ in range(self._steps):

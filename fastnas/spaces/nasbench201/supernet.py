@@ -11,7 +11,7 @@ from operator import add
 from torch import Tensor, nn
 
 from fastnas.nn.candidates import build_candidate
-from fastnas.nn.cell import joins_edges, run_nodes
+from fastnas.nn.cell import join_states, joins_edges, run_nodes
 from fastnas.nn.connections import run_connections
 from fastnas.nn.gated import run_gate
 from fastnas.nn.mixed_op import MixedOp
@@ -111,7 +111,7 @@ class Cell(nn.Module):
             connections = weights.connections
             return run_connections([x], ops, connections, weights.ops, self.memory)[-1]  # type: ignore[arg-type]
         if joins_edges(ops, inputs=1):
-            return run_nodes([x], ops, weights.ops, weights.edges, self.memory)[-1]
+            return join_states(run_nodes([x], ops, weights.ops, weights.edges, self.memory)[-1:])
         states, start, rows = [x], 0, weights.ops.unbind(0)
         for _ in range(self._steps):
             stop = start + len(states)
