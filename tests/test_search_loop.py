@@ -180,7 +180,8 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert search.path is not None
     names = {p.name for p in search.path.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "checkpoint.pt", "genotype.json"}
-    assert SearchConfig.from_dict(read_json(search.path / "config.json")) == settings
+    told = replace(settings, data=search.data.name)  # that it was handed
+    assert SearchConfig.from_dict(read_json(search.path / "config.json")) == told
     records = read_jsonl(search.path / "metrics.jsonl")
     assert records == search.history
     assert [r["epoch"] for r in records] == [1, 2]

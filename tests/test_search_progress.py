@@ -49,7 +49,7 @@ def test_lines_of_text() -> None:
     search = Search(config(gap=False), data=images(), progress=TextProgress(stream))
     result = search.run()
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "search: tiny by darts on fashion-mnist-mini, cpu"
+    assert lines[0] == "search: tiny by darts on tiny, cpu"
     assert lines[1].startswith("epoch 1, loss ")
     assert "validation accuracy" in lines[2]
     assert lines[-1] == str(result.genotype)
