@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastnas.bench import forms, session
 from fastnas.bench.config import BenchConfig, parse_bytes
@@ -17,6 +20,7 @@ from fastnas.bench.forms import Form, LeftOut, compiled, make_forms, make_scene
 from fastnas.bench.machine import Machine
 from fastnas.bench.work import step_work
 from fastnas.cli import main
+from fastnas.cli.bench import show
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +84,32 @@ def test_ctrl_c_leaves_the_table(tmp_path, capsys, monkeypatch):
     assert not found["finished"]
     seconds = found["methods"]["darts"]["forms"]["stock, contiguous"]["seconds"]
     assert len(seconds) == 1
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_figure_is_cut(terminal):
+    names = ["stock, channels_last", "fastnas, low memory, channels_last"]
+    measured = [
+        SimpleNamespace(name=n, stock=n.startswith("stock"), peak=9.63e9, saved=803.4e6)
+        for n in names
+    ]
+    seconds = dict(zip(names, (13.6, 2.2), strict=True))
+    times = SimpleNamespace(rounds=3, seconds=seconds, median=seconds.__getitem__)
+    comparison = SimpleNamespace(
+        method="darts", batch_size=64, times=times, measured=lambda: measured,
+        best_stock=lambda: measured[0], left_out={},
+    )  # fmt: skip
+    run = SimpleNamespace(
+        machine=session.describe_machine(CPU, 0.0), config=BenchConfig(), finished=True,
+        comparisons=[comparison], memory_limit=None, largest_batch=lambda c, f: 1049,
+        share_of_floor=lambda c, f: 0.55,
+    )  # fmt: skip
+    stream = io.StringIO()
+    show(run, Console(file=stream, width=80, force_terminal=terminal, color_system=None))
+    text = stream.getvalue()
+    for figure in ("13600 ms", "2200 ms", "1.00x", "6.18x", "9.63 GB", "803.4 MB", "1049", "55%"):
+        assert figure in text
+    assert terminal or all(name in text for name in names)
 
 
 def test_sigterm_before_anything_is_measured(capsys, monkeypatch):

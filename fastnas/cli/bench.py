@@ -28,6 +28,7 @@ _DESCRIPTION = "\n\n".join(
         "Ctrl-C ends it with what is measured so far.",
     )
 )
+_WIDE = 110
 _TITLES = {"darts": "DARTS", "pc_darts": "PC-DARTS, one in four channels"}
 
 
@@ -80,6 +81,8 @@ def show(session: Session, target: Console) -> None:
     machine = session.machine
     if machine is None:
         return
+    if not target.is_terminal:  # a file has room
+        target.width = max(target.width, _WIDE)
     target.print(
         f"{machine.name}, {machine.device}, {machine.threads} threads, torch {machine.torch}, "
         f"fastnas {machine.fastnas}; copies {machine.copy_bandwidth / 1e9:.1f} GB/s, matrix "
@@ -113,9 +116,9 @@ def _table(session: Session, comparison: Comparison) -> Table:
         f"{comparison.batch_size}, {config.image_size}x{config.image_size}, {rounds} rounds",
         title_justify="left",
     )
-    table.add_column("form", no_wrap=True)
-    for title in ("step", "against best stock", "peak", "saved", "largest batch", "floor"):
-        table.add_column(title, justify="right")
+    table.add_column("form")  # where there is little room this wraps, and no figure is cut
+    for title in ("step", "against\nbest stock", "peak", "saved", "largest\nbatch", "floor"):
+        table.add_column(title, justify="right", no_wrap=True)
     best = comparison.best_stock()
     for form in comparison.measured():
         seconds = comparison.times.median(form.name)
