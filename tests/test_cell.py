@@ -97,6 +97,18 @@ def test_edges_that_change_their_input_in_place_are_called_in_order():
     assert not joins_edges(list(cell._ops))
 
 
+def test_edges_that_share_a_norm_inside_are_called_in_order():
+    """Its running statistics depend on the order of its batches; last norms keep theirs."""
+    cell, _ = make_cell()
+    first, second = (cell._ops[i]._ops[4] for i in (1, 2))
+    second.op[7] = first.op[7]
+    cell.train()
+    assert joins_edges(list(cell._ops))
+    second.op[3] = first.op[3]
+    cell.train()
+    assert not joins_edges(list(cell._ops))
+
+
 def test_candidates_of_one_norm_and_of_nested_layers():
     """The one has no layer before its norm; the other hides what it does to its input."""
     cell, _ = make_cell()

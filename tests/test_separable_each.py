@@ -160,6 +160,8 @@ ONES = {
          ("one depthwise weight per input", "2 inputs and 1")),
         ({"pointwise": []}, ValueError, ("one pointwise weight per", "1 depthwise and 0")),
         ({"stride": 3}, ValueError, ("stride 1 or 2, but got 3",)),
+        ({"norms": None}, TypeError, ("norms to be a list of BatchNorms", "NoneType")),
+        ({"xs": iter(())}, TypeError, ("xs to be a list of tensors", "tuple_iterator")),
         ({"norms": []}, ValueError, ("one norm", "1 inputs and 0 norms")),
         ({"norms": [None]}, TypeError, ("norms[0] to be a BatchNorm, but got None",)),
         ({"norms": [nn.BatchNorm2d(4)]}, ValueError, ("norms[0].weight of shape [3]", "got [4]")),

@@ -54,11 +54,15 @@ def joins_edges(edges: Sequence[nn.Module], inputs: int = 2) -> TypeGuard[Sequen
     """Whether ``run_nodes`` computes what calling the edges and adding them up would.
 
     It does not for mixed ops of another class, for those that leave out candidates by their
-    weights, where a node has more candidates than one call takes, and where somebody listens to
-    the calls of the edges themselves.
+    weights, where a node has more candidates than one call takes, where somebody listens to the
+    calls of the edges themselves, and where two edges have a module with running statistics in
+    common, which takes its batches in the order of the edges.
     """
     kinds = {_kind(edge) for edge in edges}
     if len(kinds) != 1 or None in kinds or has_global_hook():
+        return False
+    stateful = [edge._plan.stateful for edge in edges if isinstance(edge, MixedOp)]
+    if len(frozenset().union(*stateful)) < sum(map(len, stateful)):
         return False
     widest = max(len(edge._ops) for edge in edges if isinstance(edge, MixedOp))
     incoming = inputs + len(node_starts(inputs, len(edges))) - 1

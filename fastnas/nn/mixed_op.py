@@ -44,6 +44,8 @@ class Plan(NamedTuple):
     hooks: tuple[Mapping[int, Any], ...]
     #: Whether a candidate begins with what changes its input in place.
     in_place: bool
+    #: Identities of what has buffers inside the candidates, but for the norms that they end in.
+    stateful: frozenset[int]
 
     def is_current(self, owner: nn.ModuleList) -> bool:
         """Whether the candidates, and what matters inside them, are still the same objects."""
@@ -68,7 +70,9 @@ def make_plan(candidates: nn.ModuleList, forms: Mapping[type[nn.Module], Form]) 
     bypassed += [module for route in routes for module in route.recipe.bypassed]
     hooks = tuple(table for module in bypassed for table in hook_tables(module))
     in_place = any(map(_changes_input, routes))
-    return Plan(candidates, routes, tuple(tables), children, hooks, in_place)
+    last = {id(route.norm) for route in routes}
+    stateful = frozenset(id(m) for m in candidates.modules() if m._buffers and id(m) not in last)
+    return Plan(candidates, routes, tuple(tables), children, hooks, in_place, stateful)
 
 
 def _changes_input(route: Route) -> bool:

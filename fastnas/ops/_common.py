@@ -39,6 +39,10 @@ def check_candidates(op: str, xs: Sequence[Tensor], name: str = "xs") -> None:
     """Raise unless ``xs`` is a non-empty list of floating-point tensors of one shape and device."""
     if isinstance(xs, Tensor):
         raise TypeError(f"{op}: expected {name} to be a list of tensors, but got one tensor")
+    if not hasattr(xs, "__len__"):
+        raise TypeError(
+            f"{op}: expected {name} to be a list of tensors, but got {type(xs).__name__}"
+        )
     if not 1 <= len(xs) <= MAX_CANDIDATES:
         raise ValueError(
             f"{op}: expected 1 to {MAX_CANDIDATES} tensors in {name}, but got {len(xs)}"

@@ -50,8 +50,8 @@ def pool_pair(x: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"pool_pair: expected x of at most 2^30 rows and columns, but got {list(x.shape)}"
         )
-    if stride not in (1, 2):
-        raise ValueError(f"pool_pair: expected stride 1 or 2, but got {stride}")
+    if type(stride) is not int or stride not in (1, 2):
+        raise ValueError(f"pool_pair: expected stride 1 or 2, but got {stride!r}")
     return PoolPair.apply(x, stride)
 
 

@@ -32,7 +32,7 @@ def relu_pointwise(x: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         x: ``(N, C, H, W)``, floating-point.
-        weight: ``(C', C, 1, 1)``.
+        weight: ``(C', C, 1, 1)`` in any floating-point dtype.
 
     Returns:
         ``(N, C', H, W)`` in the memory format of ``x`` and, without autocast, in its dtype.

@@ -66,6 +66,10 @@ def separable_each(
             f"{_OP}: expected one depthwise weight per input, but got {len(xs)} inputs and "
             f"{len(depthwise)} weights"
         )
+    if not hasattr(norms, "__len__"):
+        raise TypeError(
+            f"{_OP}: expected norms to be a list of BatchNorms, but got {type(norms).__name__}"
+        )
     for k, norm in enumerate(norms):
         if norm is None:
             raise TypeError(f"{_OP}: expected norms[{k}] to be a BatchNorm, but got None")
