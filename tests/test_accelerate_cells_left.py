@@ -132,7 +132,7 @@ class Noise(nn.Module):
         (lambda: _with_candidate(nn.Dropout(0.0)), "it draws random numbers"),
         (lambda: _with_candidate(Noise()), "it draws random numbers"),
         (_with_mixed_op_that_writes, "have to be called one by one"),
-        (_with_shared_candidate, "computes something else: the buffer _ops.1._ops.4.op.3"),
+        (_with_shared_candidate, "have a module with running statistics in common"),
         (_with_shared_mixed_op, "one mixed op is in several places of it"),
         (_with_mixed_op_of_another_kind, "1 of its 5 mixed ops are not ours"),
         (lambda: of_ours(skip_zero=True), "leave out candidates of weight zero"),

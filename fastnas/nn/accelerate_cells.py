@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.nn.batch_norm import hook_tables
-from fastnas.nn.cell import count_fits, joins_edges
+from fastnas.nn.cell import count_fits, joins_edges, shares_statistics
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.proof.cells import CellVerdict, Joined, mixed_ops, run_cell
 from fastnas.nn.proof.reading import own_classes
@@ -142,7 +142,11 @@ def _obstacle_of_edges(edges: Sequence[nn.Module]) -> str | None:
         return "hooks are registered on its mixed ops"
     if len({len(edge._ops) for edge in edges if isinstance(edge, MixedOp)}) > 1:
         return "its mixed ops have different numbers of candidates"
-    return None if joins_edges(edges) else "its mixed ops have to be called one by one"
+    if joins_edges(edges):
+        return None
+    if shares_statistics([edge for edge in edges if isinstance(edge, MixedOp)]):
+        return "two of its mixed ops have a module with running statistics in common"
+    return "its mixed ops have to be called one by one"
 
 
 def _obstacle_of_class(cls: type[nn.Module]) -> str | None:

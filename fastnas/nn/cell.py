@@ -61,12 +61,17 @@ def joins_edges(edges: Sequence[nn.Module], inputs: int = 2) -> TypeGuard[Sequen
     kinds = {_kind(edge) for edge in edges}
     if len(kinds) != 1 or None in kinds or has_global_hook():
         return False
-    stateful = [edge._plan.stateful for edge in edges if isinstance(edge, MixedOp)]
-    if len(frozenset().union(*stateful)) < sum(map(len, stateful)):
+    if shares_statistics([edge for edge in edges if isinstance(edge, MixedOp)]):
         return False
     widest = max(len(edge._ops) for edge in edges if isinstance(edge, MixedOp))
     incoming = inputs + len(node_starts(inputs, len(edges))) - 1
     return widest * incoming <= MAX_CANDIDATES
+
+
+def shares_statistics(edges: Sequence[MixedOp]) -> bool:
+    """Whether two edges have a module with buffers in common, but for norms that are fused."""
+    stateful = [edge._plan.stateful for edge in edges]
+    return len(frozenset().union(*stateful)) < sum(map(len, stateful))
 
 
 def _kind(edge: nn.Module) -> int | None:
