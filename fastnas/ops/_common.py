@@ -39,7 +39,7 @@ def check_candidates(op: str, xs: Sequence[Tensor], name: str = "xs") -> None:
     """Raise unless ``xs`` is a non-empty list of floating-point tensors of one shape and device."""
     if isinstance(xs, Tensor):
         raise TypeError(f"{op}: expected {name} to be a list of tensors, but got one tensor")
-    if not hasattr(xs, "__len__"):
+    if not isinstance(xs, (list, tuple)) and not hasattr(xs, "__len__"):
         raise TypeError(
             f"{op}: expected {name} to be a list of tensors, but got {type(xs).__name__}"
         )

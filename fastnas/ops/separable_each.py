@@ -66,7 +66,7 @@ def separable_each(
             f"{_OP}: expected one depthwise weight per input, but got {len(xs)} inputs and "
             f"{len(depthwise)} weights"
         )
-    if not hasattr(norms, "__len__"):
+    if not isinstance(norms, (list, tuple)) and not hasattr(norms, "__len__"):
         raise TypeError(
             f"{_OP}: expected norms to be a list of BatchNorms, but got {type(norms).__name__}"
         )
