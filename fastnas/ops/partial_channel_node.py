@@ -126,23 +126,24 @@ class PartialChannelNode(torch.autograd.Function):
 
             asked = (need_mixed, need_w, *need)
             return None, *differentiate(composite, (blank[0], weights, *rests), asked, given)
-        # No copy of what is read through its strides.
-        first, second = (
+        # No copy of what is read through its strides. And a list: torch.compile stumbles over
+        # generators here.
+        first, second = [
             g if g is None or memory_format(g) == ctx.format
             else g.contiguous(memory_format=ctx.format)
             for g in grads
-        )  # fmt: skip
+        ]  # fmt: skip
         dmixed, drests, dw = torch.ops.fastnas.partial_channel_node_backward(
             first, second, rests, weights, ctx.k, need_mixed, need, need_w
         )
         (_, dtype), *layouts = ctx.layout
         wanted = [d for (_, d), asked in zip(layouts, need, strict=True) if asked]
-        found = iter(dx.to(d) for dx, d in zip(drests, wanted, strict=True))
+        found = iter([dx.to(d) for dx, d in zip(drests, wanted, strict=True)])
         return (
             None,
             dmixed.to(dtype) if need_mixed else None,
             dw if need_w else None,
-            *(next(found) if asked else None for asked in need),
+            *[next(found) if asked else None for asked in need],
         )
 
 

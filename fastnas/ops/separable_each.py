@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -137,15 +136,14 @@ class SeparableEach(torch.autograd.Function):
                 grads, mean.unbind(0), var.unbind(0), kinds, ctx.eps, ctx.dilations,
                 _columns(affine, tensors), _columns(affine, need), strict=False,
             )  # fmt: skip
-            columns = zip(*(_gradients(*row, stride=ctx.stride) for row in rows), strict=True)
+            # Lists and loops: torch.compile stumbles over generators within generators.
+            columns = zip(*[_gradients(*row, stride=ctx.stride) for row in rows], strict=True)
             every = (True,) * count
             # Without the places of affine parameters that there are not.
             present = (every, affine, affine, every, every)
-            found = [
-                t
-                for column, has in zip(columns, present, strict=True)
-                for t in itertools.compress(column, has)
-            ]
+            found = []
+            for column, has in zip(columns, present, strict=True):
+                found += [t for t, there in zip(column, has, strict=True) if there]
         return (*(None,) * 5, *found[:head], *unused, *found[head:])
 
 
@@ -212,5 +210,5 @@ def _each(
         convolve(*row, [depthwise[k]], [pointwise[k]], [dilations[k]], stride)
         for k, row in enumerate(rows)
     ]
-    mean, var = (torch.stack([each[i] for each in found]) for i in (1, 2))
+    mean, var = torch.stack([each[1] for each in found]), torch.stack([each[2] for each in found])
     return [each[0][0] for each in found], mean, var
