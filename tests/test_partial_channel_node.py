@@ -8,7 +8,7 @@ import pytest
 import torch
 from ops_cases import assert_all_near, assert_bitwise, assert_layout, raises
 
-from fastnas.nn import cell
+from fastnas.nn import cell, source
 from fastnas.ops import partial_channel_node
 from fastnas.spaces.darts import Supernet
 
@@ -166,7 +166,7 @@ def test_nodes_of_a_cell_are_kept_in_two_parts(k, reduction, monkeypatch):
     weights, factors = torch.rand(14, 8).double().requires_grad_(), torch.rand(14).double()
     results = []
     for parts in (True, False):
-        monkeypatch.setattr(cell, "_keeps_parts", lambda x, parts=parts: parts)
+        monkeypatch.setitem(source._FASTER, "parts", ("cpu",) if parts else ())
         states = cell.run_nodes(inputs, list(chosen._ops), weights, factors)
         assert [len(state) for state in states] == [1, 1, *[2 if parts else 1] * 4]
         y = cell.join_states(states[-4:])

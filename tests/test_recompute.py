@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnas.nn.recompute import Recompute
-from fastnas.nn.source import NormConvolution
+from fastnas.nn.source import _FASTER, NormConvolution
 from fastnas.spaces.base import CellWeights
 from fastnas.spaces.darts import Supernet
 
@@ -308,7 +308,7 @@ def test_compiled():
 
 def test_layers_one_by_one_as_on_a_gpu(monkeypatch):
     """Where no fused convolutions are used, ReLUs and inner BatchNorms are made again."""
-    monkeypatch.setattr("fastnas.nn.source._fuses_depthwise", lambda x: False)
+    monkeypatch.setattr("fastnas.nn.source._FASTER", dict.fromkeys(_FASTER, ()))
     seen = {m: observe(net, 1, images()) for m, net in pair().items()}
     for name, expected in seen["default"].items():
         torch.testing.assert_close(seen["low"][name], expected, rtol=1e-9, atol=1e-11)

@@ -22,7 +22,7 @@ from fastnas.nn.mixed_op import MixedOp, select_weights
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.recompute import Memory, Recompute
 from fastnas.nn.repeat import Packed
-from fastnas.nn.source import call, evaluate_source, fuses_rectified
+from fastnas.nn.source import call, evaluate_source, is_faster
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
 
 if TYPE_CHECKING:
@@ -160,9 +160,6 @@ def run_alone(module: nn.Module, x: Tensor, memory: Memory = "default") -> Tenso
     route = make_route(module).audible()
     if route.norm is None:
         return module(x)
-    if route.recipe.rectified is not None and fuses_rectified(x):
-        # Either memory keeps x, which the cells that read it have in common, and nothing of theirs.
-        return route.norm(ops.relu_pointwise(x, route.recipe.rectified.weight))
     run = Recompute().run if memory == "low" and Recompute.is_possible() else call
     ((y,),) = evaluate_source(x, [[route.recipe]], run)
     return route.norm(y)
@@ -190,7 +187,7 @@ def _leave(
     if k > 1 and rest is None:
         # One split gives autograd one concatenation; slices would cost it a padded gradient each.
         mixed, rest = x.split([x.shape[1] // k, x.shape[1] - x.shape[1] // k], 1)
-        if _keeps_parts(x):
+        if is_faster("parts", x):
             mixed = run(packed, mixed)
     used = [[r for r in enumerate(edge._routes()) if not r[1].zero] for edge in edges]
     recipes = [[route.recipe for _, route in routes] for routes in used]
@@ -225,7 +222,7 @@ def _mix(
     state: State
     if k == 1:
         state = (run(ops.mixed_batch_norm, xs, weights, norms),)
-    elif _keeps_parts(xs[0]):
+    elif is_faster("parts", xs[0]):
         mixed = run(ops.mixed_batch_norm, xs, weights, norms)
         state = run(ops.partial_channel_node, mixed, rests, factors, k)
     else:
@@ -233,8 +230,3 @@ def _mix(
         state = (run(ops.partial_channel_mix, rest, xs, weights, k, norms),)
     dtype = reduce(torch.promote_types, (a.dtype for a in arrivals), state[0].dtype)
     return tuple(part.to(dtype) for part in state)
-
-
-def _keeps_parts(x: Tensor) -> bool:
-    """Where nodes in two parts were measured to be the faster ones."""
-    return x.device.type == "cpu"

@@ -19,7 +19,13 @@ from fastnas import ops
 from fastnas.nn.batch_norm import has_global_hook, hook_tables
 from fastnas.nn.halves import SharedHalves, TwoHalves, picked_pixels
 from fastnas.nn.pool import AVERAGE_POOLS
-from fastnas.nn.source import NormConvolution, NormConvolutions, SharedConvolutions, SharedPools
+from fastnas.nn.source import (
+    NormConvolution,
+    NormConvolutions,
+    Rectified,
+    SharedConvolutions,
+    SharedPools,
+)
 
 __all__ = ["BatchStatistics", "Packed", "Repeat", "repeat_of"]
 
@@ -57,6 +63,8 @@ def repeat_of(layer: Callable[..., Any]) -> Repeat | None:
         return Repeat(again, (*layer.weights, *layer.mixing), selects=True)
     if isinstance(layer, SharedHalves):
         return Repeat(layer.product, tuple(layer.weights))
+    if isinstance(layer, Rectified):
+        return Repeat(ops.relu_pointwise, (layer.conv.weight,))
     if isinstance(layer, SharedPools):
         return Repeat(layer, cheap=True)
     if layer is picked_pixels:

@@ -20,7 +20,7 @@ from fastnas.nn.halves import SharedHalves, TwoHalves, picked_pixels
 from fastnas.nn.pool import AVERAGE_POOLS
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
 
-__all__ = ["Recipe", "evaluate_source", "fuses_rectified", "make_recipe"]
+__all__ = ["Recipe", "evaluate_source", "is_faster", "make_recipe"]
 
 Layer = Callable[[Tensor], Tensor]
 #: How a layer is called with its inputs.
@@ -38,8 +38,8 @@ class Recipe(NamedTuple):
     pointwise: nn.Conv2d | None = None
     #: The convolutions of a factorized reduce behind a leading ReLU.
     halves: TwoHalves | None = None
-    #: The 1x1 convolution, of any width, of a ReLU and that and no more.
-    rectified: nn.Conv2d | None = None
+    #: All layers as one call, where they are a ReLU and a 1x1 convolution.
+    rectified: Rectified | None = None
     #: Candidates with equal keys return the same tensor.
     key: Hashable = None
     #: What follows the shared call, as few calls as possible.
@@ -58,7 +58,7 @@ def make_recipe(layers: Sequence[Layer]) -> Recipe:
     if len(layers) == 2 and isinstance(halves := layers[1], TwoHalves) and halves.is_plain():
         return Recipe(layers, halves=halves, bypassed=(*_modules(layers), *halves.convs))
     if len(layers) == 2 and _mixes_channels(layers[1]):
-        return Recipe(layers, rectified=layers[1], bypassed=_modules(layers))  # type: ignore[arg-type]
+        return Recipe(layers, rectified=Rectified(layers[1]), bypassed=_modules(layers))  # type: ignore[arg-type]
     if not _is_depthwise(layers[1]):
         return Recipe(layers)
     taken = 3 if _is_pointwise(layers[2:3]) else 2
@@ -99,10 +99,10 @@ def evaluate_source(
     Returns:
         For each edge what its candidates return, in their order; some may be the same tensor.
     """
-    convolved = _convolve(x, edges, run) if _fuses_depthwise(x) else {}
+    convolved = _convolve(x, edges, run) if is_faster("convolutions", x) else {}
     convolved.update(_halve(x, edges, run))
     again = _convolve_again(convolved, edges, run)
-    shared = _pool(x, edges, run) if _fuses_pools(x) else {}
+    shared = _pool(x, edges, run) if is_faster("pools", x) else {}
     results = []
     for recipes in edges:
         outputs = []
@@ -116,6 +116,8 @@ def evaluate_source(
                 if recipe.key not in shared:
                     shared[recipe.key] = run(layers[0], x)
                 h, layers = shared[recipe.key], ()
+            elif recipe.rectified is not None and is_faster("rectified", x):
+                layers = (recipe.rectified,)
             for layer in layers:
                 h = run(layer, h)
             outputs.append(h)
@@ -123,19 +125,18 @@ def evaluate_source(
     return results
 
 
-def _fuses_depthwise(x: Tensor) -> bool:
-    """Where the fused convolutions were measured to be the faster ones."""
-    return x.device.type in ("cpu", "cuda")
+#: For each fused way the types of devices on which it was measured to be the faster one.
+_FASTER = {
+    "convolutions": ("cpu", "cuda"),  # of one source, with the ReLU before them
+    "pools": ("cpu",),  # a max pool and an average pool of one source
+    "rectified": ("cpu",),  # a ReLU and a 1x1 convolution
+    "parts": ("cpu",),  # states with partial channels in two tensors
+}
 
 
-def _fuses_pools(x: Tensor) -> bool:
-    """The same for a max pool and an average pool."""
-    return x.device.type == "cpu"
-
-
-def fuses_rectified(x: Tensor) -> bool:
-    """The same for a ReLU and a 1x1 convolution that stand alone."""
-    return x.device.type == "cpu"
+def is_faster(way: str, x: Tensor) -> bool:
+    """Whether to go that way with ``x``."""
+    return x.device.type in _FASTER[way]
 
 
 def _convolve(
@@ -247,6 +248,18 @@ class SharedConvolutions:
         if self.mixing:
             return ops.separable_group(x, self.weights, self.mixing, self.dilations, self.stride)
         return ops.depthwise_group(x, self.weights, self.dilations, self.stride)
+
+
+class Rectified:
+    """A ReLU and a convolution that only mixes channels, as one fused call."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        """Take the convolution; its weight is read at every call."""
+        self.conv = conv
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, H, W)`` to what the convolution returns."""
+        return ops.relu_pointwise(x, self.conv.weight)
 
 
 class NormConvolution:
