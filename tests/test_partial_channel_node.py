@@ -165,6 +165,7 @@ def test_nodes_of_a_cell_are_kept_in_two_parts(k, reduction, monkeypatch):
     inputs = [torch.randn(2, width, 8, 8, dtype=torch.float64) for _ in range(2)]
     weights, factors = torch.rand(14, 8).double().requires_grad_(), torch.rand(14).double()
     results = []
+    assert source.is_faster("parts", inputs[0])
     for parts in (True, False):
         monkeypatch.setitem(source._FASTER, "parts", ("cpu",) if parts else ())
         states = cell.run_nodes(inputs, list(chosen._ops), weights, factors)
