@@ -46,8 +46,8 @@ template <typename T, typename F>
 void for_each_plane(const Bypass& b, F&& f) {
   const int64_t planes = b.N * b.channels();
   const int64_t grain = std::max<int64_t>(2 * kTaskElements / std::max<int64_t>(b.H * b.W, 1), 1);
-  at::parallel_for(0, planes, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i / b.channels(), i % b.channels());
+  parallel_tasks(planes, grain, [&](Tasks::Worker& worker) {
+    for (int64_t i; worker.next(i);) f(i / b.channels(), i % b.channels());
   });
 }
 
@@ -141,8 +141,8 @@ void bypass_columns_backward(const Bypass& b, const T* grad, const T* rest, T* d
   const int64_t grain = std::max<int64_t>(2 * kTaskElements / std::max<int64_t>(b.W * C, 1), 1);
   // A unit is a pair of rows of rest: no two write the same pixel.
   const int64_t step = b.pooled() ? 2 : 1, units = (b.H + step - 1) / step;
-  at::parallel_for(0, b.N * units, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) {
+  parallel_tasks(b.N * units, grain, [&](Tasks::Worker& worker) {
+    for (int64_t u; worker.next(u);) {
       const int64_t n = u / units, h = u % units, rows = std::min(step, b.H - h * step);
       T* d = drest + (n * b.H + h * step) * b.W * R;
       if (b.pooled()) std::memset(static_cast<void*>(d), 0, rows * b.W * R * sizeof(T));

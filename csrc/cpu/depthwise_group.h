@@ -2,8 +2,6 @@
 // The kernels of planes.h over whole tensors: split into tasks, run in parallel, partial sums folded in a fixed order.
 // A task's share depends on sizes alone, never on the number of threads, so results do not either.
 #pragma once
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <numeric>
 #include <type_traits>
@@ -12,6 +10,7 @@
 #include "../depthwise.h"
 #include "aligned.h"
 #include "planes.h"
+#include "tasks.h"
 
 namespace fastnas {
 
@@ -76,9 +75,9 @@ class Depthwise {
   void forward(const T* x, const std::vector<const acc_t*>& weights,
                const std::vector<T*>& ys) const {
     const AlignedVector<acc_t> table = weight_table(outputs_, weights);
-    parallel(units_, 1, [&](int64_t begin, int64_t end) {
+    parallel(units_, 1, [&](Tasks::Worker& worker) {
       Buffers b(*this, false);
-      for (int64_t unit = begin; unit < end; ++unit) {
+      for (int64_t unit; worker.next(unit);) {
         load_source(x, unit, b.x, b.scratch);
         const acc_t* w = table.data() + unit / slabs_ % tables_ * taps_ * L_;
         for (const Phase& p : outputs_) write_output(p, b, w, unit, ys[p.convolution]);
@@ -95,11 +94,11 @@ class Depthwise {
     const int64_t each = units_per_task(), tasks = (units_ + each - 1) / each;
     const int64_t slots = std::min(tables_, each), row = taps_ * L_;
     std::vector<double> partial(tasks * slots * row);
-    parallel(tasks, each, [&](int64_t begin, int64_t end) {
+    parallel(tasks, each, [&](Tasks::Worker& worker) {
       Buffers b(*this, true);
       AlignedVector<acc_t> running(slots * row);
       std::vector<int64_t> pending(slots);
-      for (int64_t task = begin; task < end; ++task) {
+      for (int64_t task; worker.next(task);) {
         const int64_t first = task * each, last = std::min(first + each, units_);
         for (int64_t unit = first; unit < last; ++unit) {
           const int64_t slot = slot_of(unit, first);
@@ -360,7 +359,7 @@ class Depthwise {
   template <typename F>
   void parallel(int64_t tasks, int64_t units, F&& f) const {
     const int64_t each = units * slab_ * group_.ow * taps_;
-    at::parallel_for(0, tasks, std::max<int64_t>(kGrain / each, 1), f);
+    parallel_tasks(tasks, std::max<int64_t>(kGrain / each, 1), f);
   }
 
   static constexpr int64_t kGrain = 65536;  // multiply-adds of vectors: enough work for a thread

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tensors as one long range of elements, for the ops that know no channels.
 #pragma once
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -15,8 +13,8 @@ namespace fastnas {
 template <typename F>
 void parallel_ranges(int64_t n, int64_t operands, F&& f) {
   const int64_t tasks = (n + kTaskElements - 1) / kTaskElements;
-  at::parallel_for(0, tasks, std::max<int64_t>(2 / operands, 1), [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t)
+  parallel_tasks(tasks, std::max<int64_t>(2 / operands, 1), [&](Tasks::Worker& worker) {
+    for (int64_t t; worker.next(t);)
       f(t, t * kTaskElements, std::min(kTaskElements, n - t * kTaskElements));
   });
 }

@@ -2,14 +2,13 @@
 // The passes of range.h over whole tensors: split into tasks, run in parallel, partial sums folded in a fixed order.
 // A task's share depends on sizes alone, never on the number of threads, so results do not either.
 #pragma once
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <vector>
 
 #include "range.h"
+#include "tasks.h"
 
 namespace fastnas {
 
@@ -209,8 +208,8 @@ class Mix {
     const int64_t each =
         share_ * (layout_.columns ? 1 : width_ * layout_.S) * std::max<int64_t>(operands, 1);
     const int64_t grain = std::max<int64_t>(2 * kTaskElements / std::max<int64_t>(each, 1), 1);
-    at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) f(u);
+    parallel_tasks(units, grain, [&](Tasks::Worker& worker) {
+      for (int64_t unit; worker.next(unit);) f(unit);
     });
   }
 

@@ -66,8 +66,8 @@ void parallel_pixels(const PartSizes& s, int64_t operands, F&& f) {
   const int64_t C = s.k * s.c, pixels = s.N * s.space();
   const int64_t share = std::max<int64_t>(kTaskElements / C, 1);
   const int64_t tasks = (pixels + share - 1) / share, grain = std::max<int64_t>(2 / operands, 1);
-  at::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) f(t, t * share, std::min(share, pixels - t * share));
+  parallel_tasks(tasks, grain, [&](Tasks::Worker& worker) {
+    for (int64_t t; worker.next(t);) f(t, t * share, std::min(share, pixels - t * share));
   });
 }
 
@@ -97,8 +97,8 @@ template <typename F>
 void parallel_planes(const PartSizes& s, F&& f) {
   const int64_t C = s.k * s.c;
   const int64_t grain = std::max<int64_t>(kTaskElements / s.space(), 1);
-  at::parallel_for(0, s.N * C, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  parallel_tasks(s.N * C, grain, [&](Tasks::Worker& worker) {
+    for (int64_t i; worker.next(i);) {
       const int64_t z = i % C;
       f(i / C, z, z % s.c * s.k + z / s.c);
     }

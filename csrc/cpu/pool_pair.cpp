@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Maximum and average over the same windows. The image is cut into slabs of rows that fit the second-level cache; each
 // is packed (planes.h) and read once. The backward looks for the maxima again, which costs less than to keep them.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -13,6 +12,7 @@
 #include "dispatch.h"
 #include "planes.h"
 #include "pools.h"
+#include "tasks.h"
 
 namespace fastnas {
 
@@ -36,11 +36,11 @@ class PoolPair {
 
   void forward(const T* x, T* max, T* avg) const {
     const int64_t rows = source_rows(slab_);
-    parallel([&](int64_t begin, int64_t end) {
+    parallel([&](Tasks::Worker& worker) {
       AlignedVector<acc_t> in(rows * p_.W * L_), best(rows * p_.ow * L_), sum(rows * p_.ow * L_);
       AlignedVector<acc_t> top(slab_ * p_.ow * L_), mean(slab_ * p_.ow * L_);
       AlignedVector<T> scratch(std::max(p_.W, slab_ * p_.ow) * L_);
-      for (int64_t unit = begin; unit < end; ++unit) {
+      for (int64_t unit; worker.next(unit);) {
         const int64_t plane = unit / slabs_ * L_, first = unit % slabs_ * slab_;
         const PoolRows r = rows_of(first, std::min(first + slab_, p_.oh));
         load(x, source_, plane, r.top, r.bottom, in, scratch);
@@ -55,13 +55,13 @@ class PoolPair {
   void backward(const T* x, const T* g_max, const T* g_avg, T* dx) const {
     const int64_t windows = std::min(slab_ + 2, p_.oh), rows = source_rows(windows);
     const int64_t wide = (p_.ow + 2) * L_, given = windows * p_.ow * L_;
-    parallel([&](int64_t begin, int64_t end) {
+    parallel([&](Tasks::Worker& worker) {
       AlignedVector<acc_t> in(g_max ? rows * p_.W * L_ : 0), best(g_max ? rows * wide : 0);
       AlignedVector<acc_t> column(g_max ? rows * wide : 0, acc_t(-1)), choice(windows * wide);
       AlignedVector<acc_t> top(g_max ? given : 0), mean(g_avg ? given : 0), spread(2 * wide);
       AlignedVector<acc_t> out(p_.stride * slab_ * p_.W * L_);
       AlignedVector<T> scratch(std::max(p_.W, p_.stride * slab_ * p_.W) * L_);
-      for (int64_t unit = begin; unit < end; ++unit) {
+      for (int64_t unit; worker.next(unit);) {
         const int64_t plane = unit / slabs_ * L_, slab = unit % slabs_ * slab_;
         const int64_t row0 = p_.stride * slab;
         const int64_t row1 = std::min(p_.stride * (slab + slab_), p_.H);
@@ -102,7 +102,7 @@ class PoolPair {
   template <typename F>
   void parallel(F&& f) const {
     const int64_t units = (p_.N * p_.C + L_ - 1) / L_ * slabs_;
-    at::parallel_for(0, units, std::max<int64_t>(kGrain / (slab_ * p_.ow), 1), f);
+    parallel_tasks(units, std::max<int64_t>(kGrain / (slab_ * p_.ow), 1), f);
   }
 
   Pools p_;

@@ -3,7 +3,6 @@
 // packed and rectified (planes.h), forward once and backward once, where it serves both gradients and the mask.
 #include "../relu_pointwise.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -16,6 +15,7 @@
 #include "aligned.h"
 #include "dispatch.h"
 #include "planes.h"
+#include "tasks.h"
 
 namespace fastnas {
 
@@ -50,10 +50,10 @@ class ReluPointwise {
   // weight: (outputs, C).
   void forward(const T* x, const acc_t* weight, T* y) const {
     const Vector table = this->table(weight, false);
-    at::parallel_for(0, blocks_, grain(1), [&](int64_t begin, int64_t end) {
+    parallel_tasks(blocks_, grain(1), [&](Tasks::Worker& worker) {
       Vector h(block_ * C_), out(block_ * outputs_);
       AlignedVector<T> scratch(block_ * L_);
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i; worker.next(i);) {
         const Block b = block(i);
         load(x, p_.C, b, true, h.data(), scratch.data());
         if constexpr (std::is_same_v<T, acc_t>)
@@ -75,13 +75,14 @@ class ReluPointwise {
     const int64_t most = std::clamp<int64_t>(kSums / std::max<int64_t>(row, 1), 16, kTasks);
     const int64_t each = std::max<int64_t>((blocks_ + most - 1) / most, kBlockPixels / block_);
     const int64_t tasks = (blocks_ + each - 1) / each;
-    std::vector<double> partial(tasks * row);
-    at::parallel_for(0, tasks, grain(2 * each), [&](int64_t begin, int64_t end) {
+    TaskSums partial(tasks, row);
+    parallel_tasks(tasks, grain(2 * each), [&](Tasks::Worker& worker) {
       Vector h(block_ * C_), g(block_ * outputs_), out(dx ? block_ * C_ : 0), running(row);
       AlignedVector<T> scratch(block_ * L_);
-      for (int64_t task = begin; task < end; ++task) {
+      for (int64_t task; worker.next(task);) {
         const int64_t last = std::min((task + 1) * each, blocks_);
         int64_t pending = 0;
+        bool added = false;
         for (int64_t i = task * each; i < last; ++i) {
           const Block b = block(i);
           load(x, p_.C, b, true, h.data(), scratch.data());
@@ -97,15 +98,11 @@ class ReluPointwise {
           pending += b.pixels;
           if (pending + block_ <= kBlockPixels && i + 1 < last) continue;
           pending = 0;
-          for (int64_t j = 0; j < row; ++j) partial[task * row + j] += running[j];
-          std::fill_n(running.data(), row, acc_t{});
+          partial.take(task, running.data(), std::exchange(added, true));
         }
       }
     });
-    // Task by task: the order is the same for every number of threads.
-    for (int64_t task = 1; task < tasks; ++task)
-      for (int64_t j = 0; j < row; ++j) partial[j] += partial[task * row + j];
-    if (row) distribute(partial.data(), dw);
+    if (row) distribute(partial.fold(), dw);
   }
 
  private:
@@ -156,18 +153,22 @@ class ReluPointwise {
   // As PlaneKernels::multiply takes it; transposed for the gradient of what is multiplied. Zeros fill it up.
   Vector table(const acc_t* weight, bool transposed) const {
     const int64_t from = transposed ? outputs_ : C_, to = transposed ? C_ : outputs_;
+    const int64_t inputs = transposed ? p_.outputs : p_.C, rows = transposed ? p_.C : p_.outputs;
     Vector out(from * to);
-    for (int64_t o = 0; o < p_.outputs; ++o)
-      for (int64_t c = 0; c < p_.C; ++c) {
-        const int64_t in = transposed ? o : c, row = transposed ? c : o;
-        out[(row / L_ * from + in) * L_ + row % L_] = weight[o * p_.C + c];
-      }
+    acc_t* at = out.data();
+    for (int64_t row = 0; row < rows; row += L_, at += from * L_)
+      for (int64_t in = 0; in < inputs; ++in)
+        for (int64_t l = 0; l < std::min(L_, rows - row); ++l)
+          at[in * L_ + l] =
+              transposed ? weight[in * p_.C + row + l] : weight[(row + l) * p_.C + in];
     return out;
   }
 
   void distribute(const double* sums, std::vector<double>& dw) const {
-    for (int64_t o = 0; o < p_.outputs; ++o)
-      for (int64_t c = 0; c < p_.C; ++c) dw[o * p_.C + c] = sums[(o / L_ * C_ + c) * L_ + o % L_];
+    for (int64_t o = 0; o < p_.outputs; o += L_, sums += C_ * L_)
+      for (int64_t c = 0; c < p_.C; ++c)
+        for (int64_t l = 0; l < std::min(L_, p_.outputs - o); ++l)
+          dw[(o + l) * p_.C + c] = sums[c * L_ + l];
   }
 
   Product p_;

@@ -54,6 +54,10 @@ struct FilledSums {
       if (!need[i]) continue;
       const at::Tensor& w = weights[i];
       const int64_t rows = w.size(0), n = rows ? w.numel() / rows : 0;
+      if (w.numel() == static_cast<int64_t>(values[i].size())) {
+        out.push_back(from_doubles(values[i], w.sizes(), w.options()));
+        continue;
+      }
       std::vector<double> mine;
       for (int64_t r = 0; r < rows; ++r) {
         const double* from = values[i].data() + r * columns * w.size(2) * w.size(3);

@@ -6,6 +6,8 @@
 // or, where a vector has room for the channels of several images, of those in one group. Where channels neither fill
 // vectors nor share one, they are filled up with channels whose weights are zero.
 #pragma once
+#include <utility>
+
 #include "depthwise_group.h"
 
 namespace fastnas {
@@ -38,9 +40,9 @@ class Separable : Depthwise<T> {
                const std::vector<T*>& ys) const {
     const AlignedVector<acc_t> taps = this->weight_table(outputs_, depthwise);
     const AlignedVector<acc_t> matrices = matrix_table(pointwise, false);
-    parallel(blocks_, 1, [&](int64_t begin, int64_t end) {
+    parallel(blocks_, 1, [&](Tasks::Worker& worker) {
       Buffers b(*this, false);
-      for (int64_t block = begin; block < end; ++block) {
+      for (int64_t block; worker.next(block);) {
         load_source(x, block, b);
         for (const Phase& p : outputs_)
           write_output(p, b, taps.data(), matrices.data() + p.convolution * matrix_size(), block,
@@ -57,29 +59,26 @@ class Separable : Depthwise<T> {
                         this->weight_table(inputs_, depthwise), matrix_table(pointwise, true)};
     const int64_t row = groups_ * taps_ * L_ + group_.size() * matrix_size();
     const int64_t each = blocks_per_task(row), tasks = (blocks_ + each - 1) / each;
-    std::vector<double> partial(tasks * row);
-    parallel(tasks, each, [&](int64_t begin, int64_t end) {
+    TaskSums partial(tasks, row);
+    parallel(tasks, each, [&](Tasks::Worker& worker) {
       Buffers b(*this, true);
       AlignedVector<acc_t> running(row);
-      for (int64_t task = begin; task < end; ++task) {
+      for (int64_t task; worker.next(task);) {
         const int64_t last = std::min((task + 1) * each, blocks_);
         int64_t pending = 0;
+        bool added = false;
         for (int64_t block = task * each; block < last; ++block) {
           differentiate(grads, x, tables, dx, ddepthwise, dpointwise, block, b, running.data());
           pending += slab_ * group_.ow;
           if (pending < kSumPixels && block + 1 < last) continue;
           pending = 0;
-          double* total = partial.data() + task * row;
-          for (int64_t i = 0; i < row; ++i) total[i] += running[i];
-          std::fill_n(running.data(), row, acc_t{});
+          partial.take(task, running.data(), std::exchange(added, true));
         }
       }
     });
-    // Task by task: the order is the same for every number of threads.
-    for (int64_t task = 1; task < tasks; ++task)
-      for (int64_t i = 0; i < row; ++i) partial[i] += partial[task * row + i];
-    this->distribute(partial.data(), ddepthwise);
-    distribute_matrices(partial.data() + groups_ * taps_ * L_, dpointwise);
+    const double* total = partial.fold();
+    this->distribute(total, ddepthwise);
+    distribute_matrices(total + groups_ * taps_ * L_, dpointwise);
   }
 
  private:
@@ -116,18 +115,28 @@ class Separable : Depthwise<T> {
     return (block / slabs_ * groups_ + q) * slabs_ + block % slabs_;
   }
 
-  // As PlaneKernels::multiply takes them; transposed for the gradients of what is multiplied.
+  // f(row, c, i) for the entries of one matrix, where i is the place of (row, c) in what PlaneKernels::multiply takes:
+  // lane l of group q is row q L + l or, where a vector has the channels of several images, row l mod C.
+  template <typename F>
+  void for_each_entry(F&& f) const {
+    const int64_t C = group_.C, rows = std::min(C, L_);
+    for (int64_t q = 0, i = 0; q < groups_; ++q)
+      for (int64_t c = 0; c < C; ++c)
+        for (int64_t l = 0; l < L_; l += rows)
+          for (int64_t r = 0; r < rows; ++r, ++i) f(q * rows + r, c, i);
+  }
+
+  // Transposed for the gradients of what is multiplied.
   Vector matrix_table(const Weights& pointwise, bool transposed) const {
     const int64_t C = group_.C;
-    Vector out;
-    out.reserve(group_.size() * matrix_size());
-    for (const acc_t* w : pointwise)
-      for (int64_t q = 0; q < groups_; ++q)
-        for (int64_t c = 0; c < C; ++c)
-          for (int64_t l = 0; l < L_; ++l) {
-            const int64_t row = (q * L_ + l) % C;
-            out.push_back(transposed ? w[c * C + row] : w[row * C + c]);
-          }
+    Vector out(group_.size() * matrix_size());
+    acc_t* to = out.data();
+    for (const acc_t* w : pointwise) {
+      for_each_entry([&](int64_t row, int64_t c, int64_t i) {
+        to[i] = transposed ? w[c * C + row] : w[row * C + c];
+      });
+      to += matrix_size();
+    }
     return out;
   }
 
@@ -238,19 +247,19 @@ class Separable : Depthwise<T> {
   }
 
   void distribute_matrices(const double* from, Sums& dws) const {
-    const int64_t C = group_.C;
-    for (std::vector<double>& dw : dws)
-      for (int64_t q = 0; q < groups_; ++q)
-        for (int64_t c = 0; c < C; ++c)
-          for (int64_t l = 0; l < L_; ++l, ++from)
-            if (!dw.empty()) dw[(q * L_ + l) % C * C + c] += *from;
+    for (std::vector<double>& dw : dws) {
+      if (!dw.empty())
+        for_each_entry(
+            [&](int64_t row, int64_t c, int64_t i) { dw[row * group_.C + c] += from[i]; });
+      from += matrix_size();
+    }
   }
 
   template <typename F>
   void parallel(int64_t tasks, int64_t blocks, F&& f) const {
     const int64_t work = groups_ * (taps_ + group_.size() * group_.C);
     const int64_t each = blocks * slab_ * group_.ow * std::max<int64_t>(work, 1);
-    at::parallel_for(0, tasks, std::max<int64_t>(Base::kGrain / each, 1), f);
+    parallel_tasks(tasks, std::max<int64_t>(Base::kGrain / each, 1), f);
   }
 
   int64_t groups_, blocks_;
