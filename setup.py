@@ -143,6 +143,13 @@ def build_ext_command() -> type:
     class BuildExt(BuildExtension):
         """Keeps x.cpp and x.cu apart, which both would be compiled to x.o."""
 
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if (
+                self.editable_mode
+            ):  # not a temporary folder: what has not changed is not built again
+                self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+
         def build_extensions(self) -> None:
             names = self.compiler.object_filenames
             self.compiler.object_filenames = lambda sources, *args, **kwargs: [

@@ -115,6 +115,21 @@ def test_another_major_of_nvcc_is_not_used(setup_py, clean):
     )
 
 
+def test_an_editable_install_builds_again_only_what_has_changed(setup_py):
+    """In the folder of other builds, where setuptools would take a temporary one."""
+    from setuptools import Distribution
+
+    folders = []
+    for editable in (False, True):
+        command = setup_py.build_ext_command()(Distribution())
+        command.editable_mode = editable
+        if editable:
+            command.build_temp = "somewhere"
+        command.finalize_options()
+        folders.append(command.build_temp)
+    assert folders[0] == folders[1]
+
+
 def test_toolkit_is_where_nvcc_says_not_where_it_was_found(setup_py, clean):
     toolkit = clean / "toolkit"
     (toolkit / "bin").mkdir(parents=True)
