@@ -77,6 +77,16 @@ def test_frozen_norms_keep_their_statistics(device):
         assert buffer.equal(old)
 
 
+def test_a_replica_of_data_parallel_is_a_norm_like_others():
+    (x,), weights = cases.make_inputs(1, (2, 3, 4, 5))
+    norm = nn.BatchNorm2d(3)
+    replica = norm._replicate_for_data_parallel()
+    for name, t in norm.named_parameters():  # as torch.nn.parallel.replicate does
+        setattr(replica, name, t.detach().clone())
+    y = mixed_batch_norm([x], weights, [replica])
+    assert torch.equal(y, mixed_batch_norm([x], weights, [copy.deepcopy(norm)]))
+
+
 def test_tracking_switched_off_later_is_respected(device, tolerances):
     norm = nn.BatchNorm2d(3).to(device)
     norm.track_running_stats = False

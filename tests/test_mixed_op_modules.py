@@ -276,6 +276,31 @@ def test_replaced_modules_are_used_from_the_next_call_on(cls):
     assert not fused(op)[6]
 
 
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_weights_that_are_parametrized_between_calls_are_used():
+    ours, theirs = twins(MixedOp(4, 1), stock.MixedOp(4, 1))
+    x, weights = torch.randn(3, 4, 6, 6), torch.randn(8)
+    ours(x, weights), theirs(x, weights)
+    for op in (ours, theirs):
+        for place in (1, 2, 5, 6):  # the convolutions of a separable one
+            nn.utils.parametrize.register_parametrization(op._ops[4].op[place], "weight", Doubled())
+    assert_same(observe(ours, x, weights), observe(theirs, x, weights), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("place", "shape"), [(1, (4, 1, 3, 5)), (2, (4, 3, 1, 1)), (6, (3, 4, 1, 1))]
+)
+def test_weights_of_another_shape_are_refused_by_the_kernels(place, shape):
+    op = MixedOp(4, 1)
+    op._ops[4].op[place].weight = nn.Parameter(torch.randn(shape))
+    with pytest.raises(ValueError, match=r"separable_group: expected (weights|pointwise)\[0\]"):
+        op(torch.randn(3, 4, 6, 6), torch.randn(8))
+
+
 def test_converted_to_sync_batch_norm_it_takes_the_general_way():
     op = nn.SyncBatchNorm.convert_sync_batchnorm(MixedOp(4, 2))
     assert not any(fused(op))

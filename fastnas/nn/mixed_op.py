@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -49,9 +50,7 @@ class Plan(NamedTuple):
 
     def is_current(self, owner: nn.ModuleList) -> bool:
         """Whether the candidates, and what matters inside them, are still the same objects."""
-        return owner is self.owner and self.children == [
-            child for table in self.tables for child in table.values()
-        ]
+        return owner is self.owner and self.children == _children(self.tables)
 
     def current_routes(self) -> tuple[Route, ...]:
         """The routes, with those that would leave out a hook replaced by such as do not."""
@@ -66,13 +65,17 @@ def make_plan(candidates: nn.ModuleList, forms: Mapping[type[nn.Module], Form]) 
     bypassed = [module for route in routes for module in route.bypassed]
     tables: list[Mapping[str, nn.Module | None]] = [candidates._modules]
     tables += (module._modules for module in bypassed if module._modules)
-    children = [child for table in tables for child in table.values()]
+    children = _children(tables)
     bypassed += [module for route in routes for module in route.recipe.bypassed]
     hooks = tuple(table for module in bypassed for table in hook_tables(module))
     in_place = any(map(_changes_input, routes))
     last = {id(route.norm) for route in routes}
     stateful = frozenset(id(m) for m in candidates.modules() if m._buffers and id(m) not in last)
     return Plan(candidates, routes, tuple(tables), children, hooks, in_place, stateful)
+
+
+def _children(tables: Iterable[Mapping[str, nn.Module | None]]) -> list[nn.Module | None]:
+    return [*chain.from_iterable([table.values() for table in tables])]
 
 
 def _changes_input(route: Route) -> bool:

@@ -19,6 +19,8 @@ from fastnas import ops
 from fastnas.nn.halves import SharedHalves, TwoHalves, picked_pixels
 from fastnas.nn.pool import AVERAGE_POOLS
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
+from fastnas.ops.separable_each import run_separable_each
+from fastnas.ops.separable_group import run_separable_group
 
 __all__ = ["Recipe", "evaluate_source", "is_faster", "make_recipe"]
 
@@ -237,16 +239,16 @@ class SharedConvolutions:
     def __init__(self, recipes: Sequence[Recipe]) -> None:
         """Take what the modules hold now; the strides of all recipes are the same."""
         convs = [recipe.depthwise for recipe in recipes if recipe.depthwise is not None]
-        self.weights = [conv.weight for conv in convs]
+        self.weights = [_weight(conv) for conv in convs]
         #: Empty without pointwise convolutions.
-        self.mixing = [recipe.pointwise.weight for recipe in recipes if recipe.pointwise]
+        self.mixing = [_weight(r.pointwise) for r in recipes if r.pointwise is not None]
         self.dilations = [conv.dilation[0] for conv in convs]
         self.stride = convs[0].stride[0]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Map ``(N, C, H, W)`` to what each recipe's convolutions return."""
         if self.mixing:
-            return ops.separable_group(x, self.weights, self.mixing, self.dilations, self.stride)
+            return run_separable_group(x, self.weights, self.mixing, self.dilations, self.stride)
         return ops.depthwise_group(x, self.weights, self.dilations, self.stride)
 
 
@@ -279,7 +281,7 @@ class NormConvolution:
             (y,) = ops.batch_norm_depthwise(x, norm, weights, dilations, stride)  # type: ignore[arg-type]  # torch declares its Parameters as always there
         else:
             mixing = [self.pointwise.weight]
-            (y,) = ops.separable_group(x, weights, mixing, dilations, stride, norm)  # type: ignore[arg-type]
+            (y,) = run_separable_group(x, weights, mixing, dilations, stride, norm)  # type: ignore[arg-type]
         return y
 
 
@@ -290,15 +292,22 @@ class NormConvolutions:
         """Take what is alike but for its weights, norms and dilations."""
         self.layers = layers
         self.norms = [layer.norm for layer in layers]
-        self.weights = [layer.depthwise.weight for layer in layers]
-        self.mixing = [layer.pointwise.weight for layer in layers if layer.pointwise is not None]
+        self.weights = [_weight(layer.depthwise) for layer in layers]
+        self.mixing = [_weight(layer.pointwise) for layer in layers if layer.pointwise is not None]
         self.dilations = [layer.depthwise.dilation[0] for layer in layers]
         self.stride = layers[0].depthwise.stride[0]
 
     def __call__(self, *xs: Tensor) -> list[Tensor]:
         """Map each ``(N, C, H, W)`` to what its convolutions return."""
         arguments = self.weights, self.mixing, self.dilations, self.norms, self.stride
-        return ops.separable_each(xs, *arguments)  # type: ignore[arg-type]  # as above
+        return run_separable_each(xs, *arguments)  # type: ignore[arg-type]  # as above
+
+
+def _weight(conv: nn.Conv2d) -> Tensor:
+    """``conv.weight``, read where a plain convolution keeps it: attributes of modules are slow."""
+    # A parametrization that was registered since the recipe was made changes the class.
+    weight = conv._parameters.get("weight") if type(conv) is nn.Conv2d else None
+    return conv.weight if weight is None else weight
 
 
 def _is_relu(layer: Layer) -> bool:

@@ -48,6 +48,7 @@ def check_candidates(op: str, xs: Sequence[Tensor], name: str = "xs") -> None:
             f"{op}: expected 1 to {MAX_CANDIDATES} tensors in {name}, but got {len(xs)}"
         )
     first = xs[0]
+    shape, device = (first.shape, first.device) if isinstance(first, Tensor) else ((), None)
     for k, x in enumerate(xs):
         if not isinstance(x, Tensor):
             raise TypeError(
@@ -55,12 +56,12 @@ def check_candidates(op: str, xs: Sequence[Tensor], name: str = "xs") -> None:
             )
         if not x.is_floating_point():
             raise TypeError(f"{op}: expected floating-point inputs, but {name}[{k}] is {x.dtype}")
-        if x.shape != first.shape:
+        if x.shape != shape:
             raise ValueError(
                 f"{op}: expected all inputs of one shape, but {name}[{k}] is {list(x.shape)} "
                 f"and {name}[0] is {list(first.shape)}"
             )
-        if x.device != first.device:
+        if x.device != device:
             raise ValueError(
                 f"{op}: expected all inputs on one device, but {name}[{k}] is on {x.device} "
                 f"and {name}[0] on {first.device}"

@@ -127,7 +127,7 @@ def pack_gradients(
     flat += dbeta.unbind(0) if affine else []
     flat += [None] * (len(need) - len(flat))
     grads = [
-        t.to(d) if n and t is not None else None
+        (t if t.dtype == d else t.to(d)) if n and t is not None else None
         for t, d, n in zip(flat, ctx.dtypes, need, strict=True)
     ]
     return [dw if need_w else None, *grads]

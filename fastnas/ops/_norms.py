@@ -51,18 +51,6 @@ class NormArguments(NamedTuple):
 _TORCH_NORMS: frozenset[type] = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
 
 
-def _tensors(norm: Norm) -> tuple[Tensor | None, ...]:
-    """Weight, bias, running mean, running variance and counter."""
-    if type(norm) in _TORCH_NORMS:
-        # Straight from where a module keeps them: by attribute these five reads of every norm cost
-        # more than a small call's kernels.
-        module: Any = norm
-        p, b = module._parameters, module._buffers
-        mean, var, counter = b["running_mean"], b["running_var"], b["num_batches_tracked"]
-        return p["weight"], p["bias"], mean, var, counter
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
-
-
 _NAMES = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -116,22 +104,30 @@ def gather_norms(
             eps.append(0.0)
             affine.append(False)
             continue
-        label = only or f"norms[{k}]"
-        if type(norm) not in _TORCH_NORMS:
-            _check_class(op, label, norm)
-        train = norm.training if training is None else training
-        weight, bias, mean, var, counter = tensors = _tensors(norm)
-        for name, t in zip(_NAMES, tensors, strict=False):
+        module: Any = norm
+        if type(norm) in _TORCH_NORMS and len(p := module._parameters) == 2:
+            # Straight from where a module keeps them (but for a replica of DataParallel): by
+            # attribute these five reads of every norm cost more than a small call's kernels.
+            b = module._buffers
+            weight, bias, mean, var = p["weight"], p["bias"], b["running_mean"], b["running_var"]
+            counter = b["num_batches_tracked"]
+        else:
+            _check_class(op, only or f"norms[{k}]", norm)
+            weight, bias, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
+            counter = norm.num_batches_tracked
+        for t in (weight, bias, mean, var):
             if t is not None and (t.shape != shape or t.device != device):
+                name = _NAMES[[x is t for x in (weight, bias, mean, var)].index(True)]
                 raise ValueError(
-                    f"{op}: expected {label}.{name} of shape [{channels}] on {device} like the "
-                    f"inputs' channels, but got {list(t.shape)} on {t.device}"
+                    f"{op}: expected {only or f'norms[{k}]'}.{name} of shape [{channels}] on "
+                    f"{device} like the inputs' channels, but got {list(t.shape)} on {t.device}"
                 )
         if (mean is None) != (var is None):
             raise ValueError(
-                f"{op}: expected {label} with running_mean and running_var or without both, "
-                f"but got one of them"
+                f"{op}: expected {only or f'norms[{k}]'} with running_mean and running_var or "
+                f"without both, but got one of them"
             )
+        train = norm.training if training is None else training
         if train or mean is None or var is None:
             kinds.append(BATCH)
             if train and mean is not None and getattr(norm, "track_running_stats", True):
@@ -188,20 +184,20 @@ def update_running_statistics(
 
 def _update(updates: Sequence[Update], mean: Tensor, var: Tensor, count: int) -> None:
     """The same for norms that are all different."""
-    counters = [u.counter for u in updates if u.counter is not None]
-    if counters:
-        torch._foreach_add_(counters, 1)
+    # Column by column: attributes of a thousand small tuples add up.
+    rows, running_means, running_vars, counters, momenta = zip(*updates, strict=True)
+    counted = [counter for counter in counters if counter is not None]
+    if counted:
+        torch._foreach_add_(counted, 1)
     if count == 0:  # an empty batch is counted, and leaves no statistics
         return
     means, variances = mean.unbind(0), (var * (count / (count - 1))).unbind(0)
-    first = updates[0]
-    if first.momentum is not None and all(
-        u.momentum == first.momentum and u.mean.dtype == mean.dtype for u in updates
-    ):
+    momentum, alike = momenta[0], momenta.count(momenta[0]) == len(momenta)
+    if momentum is not None and alike and {m.dtype for m in running_means} == {mean.dtype}:
         torch._foreach_lerp_(
-            [u.mean for u in updates] + [u.var for u in updates],
-            [means[u.k] for u in updates] + [variances[u.k] for u in updates],
-            first.momentum,
+            running_means + running_vars,
+            [means[k] for k in rows] + [variances[k] for k in rows],
+            momentum,
         )
         return
     for u in updates:

@@ -107,7 +107,7 @@ def check_depthwise(
             f"{op}: expected one dilation per weight, but got {len(weights)} {name} and "
             f"{len(dilations)} dilations"
         )
-    channels = x.shape[1]
+    channels, device = x.shape[1], x.device
     for i, w in enumerate(weights):
         if not isinstance(w, Tensor):
             raise TypeError(
@@ -115,14 +115,15 @@ def check_depthwise(
             )
         if not w.is_floating_point():
             raise TypeError(f"{op}: expected floating-point weights, but {name}[{i}] is {w.dtype}")
-        k = w.shape[-1] if w.dim() else 0
-        if w.shape != (channels, 1, k, k) or k % 2 == 0 or k > MAX_KERNEL:
+        shape = w.shape
+        k = shape[-1] if shape else 0
+        if shape != (channels, 1, k, k) or k % 2 == 0 or k > MAX_KERNEL:
             raise ValueError(
                 f"{op}: expected {name}[{i}] of shape ({channels}, 1, k, k) with k of 1, 3, 5 or "
-                f"7, but got {list(w.shape)}"
+                f"7, but got {list(shape)}"
             )
-        if w.device != x.device:
-            raise ValueError(f"{op}: expected {name}[{i}] on {x.device} like x, but got {w.device}")
+        if w.device != device:
+            raise ValueError(f"{op}: expected {name}[{i}] on {device} like x, but got {w.device}")
         if not isinstance(dilations[i], int):
             raise TypeError(
                 f"{op}: expected dilations to be integers, but dilations[{i}] is {dilations[i]!r}"

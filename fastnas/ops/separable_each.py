@@ -72,6 +72,19 @@ def separable_each(
     for k, norm in enumerate(norms):
         if norm is None:
             raise TypeError(f"{_OP}: expected norms[{k}] to be a BatchNorm, but got None")
+    return run_separable_each(xs, depthwise, pointwise, dilations, norms, stride, training)
+
+
+def run_separable_each(
+    xs: Sequence[Tensor],
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    norms: Sequence[Norm],
+    stride: int = 1,
+    training: bool | None = None,
+) -> list[Tensor]:
+    """The same without the checks at the door, for callers inside; the kernels check shapes too."""
     n = gather_norms(_OP, xs, norms, training)
     *ys, mean, var = SeparableEach.apply(
         n.kinds, n.eps, n.affine, tuple(dilations), stride, *xs, *n.gammas, *n.betas,

@@ -61,6 +61,19 @@ def separable_group(
     """
     check_depthwise(_OP, x, depthwise, dilations, stride, "depthwise")
     check_pointwise(_OP, x, depthwise, pointwise)
+    return run_separable_group(x, depthwise, pointwise, dilations, stride, norm, training)
+
+
+def run_separable_group(
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int = 1,
+    norm: Norm | None = None,
+    training: bool | None = None,
+) -> list[Tensor]:
+    """The same without the checks at the door, for callers inside; the kernels check shapes too."""
     dtype = autocast_dtype(x)
     n = read_norm(_OP, x, norm, training)
     if norm is None and x.dtype != dtype:
@@ -85,7 +98,7 @@ def check_pointwise(
             f"{op}: expected one pointwise weight per depthwise one, but got {len(depthwise)} "
             f"depthwise and {len(pointwise)} pointwise"
         )
-    shape = (x.shape[1], x.shape[1], 1, 1)
+    shape, device = (x.shape[1], x.shape[1], 1, 1), x.device
     for i, w in enumerate(pointwise):
         if not isinstance(w, Tensor):
             raise TypeError(
@@ -95,9 +108,9 @@ def check_pointwise(
             raise TypeError(
                 f"{op}: expected floating-point weights, but pointwise[{i}] is {w.dtype}"
             )
-        if w.shape != shape or w.device != x.device:
+        if w.shape != shape or w.device != device:
             raise ValueError(
-                f"{op}: expected pointwise[{i}] of shape {list(shape)} on {x.device}, but got "
+                f"{op}: expected pointwise[{i}] of shape {list(shape)} on {device}, but got "
                 f"{list(w.shape)} on {w.device}"
             )
 
