@@ -214,4 +214,13 @@ inline std::vector<at::Tensor> as_operands(at::TensorList xs, at::ScalarType dty
   return out;
 }
 
+// What is asked for an input: no gradient, a gradient, or the numbers that whoever made the input makes its gradient of
+// while reading that of the output: a g + b (x - centre) + c, channel by channel. It is then never written.
+enum Need : int64_t { kNone = 0, kWritten = 1, kCarried = 2 };
+
+inline void check_written(const char* op, int64_t need) {
+  TORCH_CHECK_VALUE(need != kCarried, op, ": expected gradients to be asked for that are written, ",
+                    "others are for the CPU");
+}
+
 }  // namespace fastnas

@@ -20,7 +20,7 @@ TORCH_LIBRARY(fastnas, m) {
       "var, int[] kinds, "
       "float[] eps, int[] affine, Tensor[] gammas, Tensor[] betas, int[] need_xs, bool "
       "need_weights) "
-      "-> (Tensor[], Tensor, Tensor, Tensor)");
+      "-> (Tensor[], Tensor, Tensor, Tensor, Tensor)");
 
   // weights (T, K); the sum of each row, norms as in mixed_batch_norm. Without norms mean and var are empty.
   m.def(
@@ -102,8 +102,9 @@ TORCH_LIBRARY(fastnas, m) {
   m.def(
       "separable_group_backward(Tensor[] grads, int[] present, Tensor x, Tensor mean, Tensor var, "
       "int kind, float eps, Tensor? gamma, Tensor? beta, Tensor[] depthwise, Tensor[] pointwise, "
-      "int[] dilations, int stride, bool need_x, bool need_norm, int[] need_depthwise, int[] "
-      "need_pointwise) -> (Tensor, Tensor[], Tensor[], Tensor, Tensor)");
+      "int[] dilations, int stride, int need_x, bool need_norm, int[] need_depthwise, int[] "
+      "need_pointwise, Tensor[] outputs, Tensor[] carried) -> (Tensor, Tensor[], Tensor[], Tensor, "
+      "Tensor, Tensor)");
 
   // 3x3, padding 1: the maximum, and the average of what is inside the image. x may be empty without grad_max.
   m.def("pool_pair(Tensor x, int stride) -> (Tensor, Tensor)");

@@ -27,7 +27,8 @@ inline DepthwiseGroup check_separable_backward(const char* op, at::TensorList gr
                                                const at::Tensor& var, at::TensorList depthwise,
                                                at::TensorList pointwise, at::IntArrayRef dilations,
                                                int64_t stride, at::IntArrayRef need_depthwise,
-                                               at::IntArrayRef need_pointwise) {
+                                               at::IntArrayRef need_pointwise,
+                                               at::TensorList outputs, at::TensorList carried) {
   check_source_norm(op, x, norm, 0);
   check_source_statistics(op, x, norm, mean, var);
   const DepthwiseGroup group =
@@ -37,6 +38,18 @@ inline DepthwiseGroup check_separable_backward(const char* op, at::TensorList gr
   TORCH_CHECK_VALUE(need_pointwise.size() == pointwise.size(), op,
                     ": expected need_pointwise of one entry per weight (", pointwise.size(),
                     "), but got ", need_pointwise.size());
+  TORCH_CHECK_VALUE(
+      outputs.size() == carried.size() && (outputs.empty() || outputs.size() == grads.size()), op,
+      ": expected as many outputs and carried as grads (", grads.size(), ") or none, but got ",
+      outputs.size(), " and ", carried.size());
+  for (size_t i = 0; i < carried.size(); ++i)
+    TORCH_CHECK_VALUE(
+        carried[i].numel() == 0 ||
+            (carried[i].sizes() == at::IntArrayRef({4, group.C}) &&
+             outputs[i].sizes() == grads[i].sizes() && outputs[i].device() == grads[i].device()),
+        op, ": expected carried[", i, "] of shape [4, ", group.C,
+        "] and its output like its gradient, or empty, but got ", carried[i].sizes(), " and ",
+        outputs[i].sizes());
   return group;
 }
 

@@ -44,6 +44,9 @@ def samples(device):
                 "mixed_batch_norm_backward",
                 (grad, xs, w4, c3, c3 + 1, *tail, [1, 1, 0, 1], True),
             )
+            if device == "cpu":
+                arguments = (grad, xs, w4, c3, c3 + 1, *tail, [2, 1, 0, 2], True)
+                yield f"{name}-carried", "mixed_batch_norm_backward", arguments
             for h, w in ((4, 5), (8, 10)):
                 dtype = F32 if h == 8 else dtypes[-1]  # wider than the candidates', or as they are
                 rest = tensors(1, (2, 6, h, w), device, (dtype,), layouts[-1:])[0]
@@ -246,12 +249,16 @@ def separable_samples(device):
                     shape = (2, channels, 6 // stride, 8 // stride)
                     grads = tensors(1, shape, device, (dtype,), (layout,))
                     first = (grads, [0, 1], x, *used, kind, 0.1, *affine, *tail)
-                    needs = (True, True, [0, 1], [0, 1])
+                    needs = (True, True, [0, 1], [0, 1], [], [])
                     yield name, "separable_group_backward", (*first, *needs)
-                    needs = (False, False, [0, 1], [0, 0])
+                    needs = (False, False, [0, 1], [0, 0], [], [])
                     yield name, "separable_group_backward", (*first, *needs)
+                    if device == "cpu":  # its output's gradient and its own in numbers
+                        numbers = cases.make((4, channels), F32, seed=1)
+                        needs = (2, True, [0, 1], [0, 1], grads, [numbers])
+                        yield f"{name}-carried", "separable_group_backward", (*first, *needs)
         empty = tensors(1, (0, channels, 4, 5), device)[0]
         tail = (kernels[:1], matrices[:1], [1], 1)
         yield "empty", "separable_group", (empty, 1, 0.1, var, mean, None, None, *tail)
         first = ([empty], [1], empty, mean, var, 1, 0.1, var, mean, *tail)
-        yield "empty", "separable_group_backward", (*first, True, True, [1], [1])
+        yield "empty", "separable_group_backward", (*first, True, True, [1], [1], [], [])

@@ -16,6 +16,8 @@ import torch
 
 from fastnas import ops
 from fastnas._extension import cpu_instruction_set
+from fastnas.ops.mixed_batch_norm import mix_apart
+from fastnas.ops.separable_group import run_separable_group
 
 
 def mixing_calls(count, shape, dtype, layout):
@@ -62,6 +64,11 @@ def mixing_calls(count, shape, dtype, layout):
     for stride in (1, 2):
         ys = ops.separable_group(xs[0], kernels, matrices, [1, 1, 2], stride)
         yield f"separable_group/{stride}", torch.stack(ys), [xs[0], *kernels, *matrices]
+    if n * h * w > 1 or n * h * w == 0:
+        ys, carriers = run_separable_group(xs[0], kernels, matrices, [1, 1, 2], carry=True)
+        carriers = dict(enumerate(carriers))  # none in half precision
+        y = mix_apart(ys, ys[0].new_tensor([0.5, -1.0, 2.0]), cases.make_norms(3, c), carriers)
+        yield "carried", y, xs[:1]  # those of the weights vanish before a norm of one channel
 
 
 def results():
@@ -183,6 +190,8 @@ def large_calls(layout):
             False,
             [1, 1],
             [1, 1],
+            [],
+            [],
         ),
     }
 

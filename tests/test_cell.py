@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnas import MixedOp
+from fastnas.nn import source
 from fastnas.nn.cell import joins_edges, run_nodes
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.spaces.base import CellWeights
@@ -20,8 +21,9 @@ from fastnas.spaces.darts import Supernet
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(source, "_CARRIED_ELEMENTS", 1)  # as larger cells do
 
 
 def make_cell(k: int = 1, reduction: bool = False, C: int = 8):
@@ -74,6 +76,26 @@ def test_node_by_node_is_edge_by_edge(reduction, k, edges, layout, training):
     found = observe(cell, inputs, weights)
     assert_same(found, expected, 50 * RELATIVE[torch.float64])
     assert found["y"].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_second_derivatives_are_those_of_edge_by_edge(k):
+    cell, channels = make_cell(k)
+    cell = cell.double()
+    inputs = [torch.randn(2, channels, 4, 4, dtype=torch.float64) for _ in range(2)]
+    weights = make_weights(edges=k > 1)
+
+    def second_order(cell):
+        leaves = [t.clone().requires_grad_() for t in (*inputs, *weights) if t is not None]
+        wanted = [*leaves, cell._ops[5]._ops[4].op[1].weight]
+        s0, s1, *others = leaves
+        loss = cell(s0, s1, CellWeights(*others)).pow(3).mean()
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), wanted)
+
+    theirs = second_order(edge_by_edge(cell))
+    for ours, other in zip(second_order(cell), theirs, strict=True):
+        assert (ours - other).abs().max() <= 50 * RELATIVE[torch.float64] * other.abs().max()
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -11,8 +11,9 @@ from ops_cases import assert_all_near, assert_layout, raises
 
 from fastnas import ops
 from fastnas.nn.candidates import build_candidate
+from fastnas.nn.fused import SharedPools
 from fastnas.nn.recompute import Recompute
-from fastnas.nn.source import SharedPools, evaluate_source, make_recipe
+from fastnas.nn.source import evaluate_source, make_recipe
 from fastnas.ops import pool_pair
 
 # (N, C, H, W): around vectors of every width; one row, one column; more rows than are packed at

@@ -16,8 +16,9 @@ from side_by_side import randomise_statistics
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastnas.nn.fused import NormConvolution
 from fastnas.nn.recompute import Recompute
-from fastnas.nn.source import _FASTER, NormConvolution
+from fastnas.nn.source import _FASTER
 from fastnas.spaces.base import CellWeights
 from fastnas.spaces.darts import Supernet
 

@@ -238,8 +238,8 @@ def test_the_raw_ops_check_their_arguments(device):
         op(x, 0, 0.1, *none, [w], [p[:2]], [1], 1)
     head, tail = ([1], x, three[:0], three[:0], 0, 0.1, None, None), ([w], [p], [1], 1, True, False)
     with raises(ValueError, "_backward: expected grads of shape"):
-        backward([x[:, :, :2]], *head, *tail, [1], [1])
+        backward([x[:, :, :2]], *head, *tail, [1], [1], [], [])
     with raises(ValueError, "_backward: expected need_pointwise of one entry"):
-        backward([x], *head, *tail, [1], [])
+        backward([x], *head, *tail, [1], [], [], [])
     with raises(ValueError, "_backward: expected mean and var"):
-        backward([x], [1], x, three[:2], three, 1, *head[5:], *tail, [1], [1])
+        backward([x], [1], x, three[:2], three, 1, *head[5:], *tail, [1], [1], [], [])

@@ -119,6 +119,17 @@ BackwardCoefficients backward_coefficients(const NormTable& t, const std::vector
   return b;
 }
 
+at::Tensor carried_gradients(const NormTable& t, const BackwardCoefficients& b,
+                             at::IntArrayRef need, const at::TensorOptions& options) {
+  std::vector<double> rows;
+  for (size_t k = 0; k < need.size(); ++k)
+    if (need[k] == kCarried)
+      for (const std::vector<double>* values : {&b.a, &b.b, &t.mean, &b.c})
+        rows.insert(rows.end(), values->begin() + k * t.C, values->begin() + (k + 1) * t.C);
+  const int64_t count = std::count(need.begin(), need.end(), kCarried);
+  return from_doubles(rows, {count, 4, t.C}, options);
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm_cpu(
     at::TensorList xs, const at::Tensor& weights, at::IntArrayRef kinds, at::ArrayRef<double> eps,
     at::IntArrayRef affine, at::TensorList gammas, at::TensorList betas,
@@ -150,7 +161,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm_cpu(
           from_doubles(table.var, {table.K, table.C}, weights.options())};
 }
 
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor>
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 mixed_batch_norm_backward_cpu(const at::Tensor& grad, at::TensorList xs, const at::Tensor& weights,
                               const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef kinds,
                               at::ArrayRef<double> eps, at::IntArrayRef affine,
@@ -179,18 +190,18 @@ mixed_batch_norm_backward_cpu(const at::Tensor& grad, at::TensorList xs, const a
   MixGradients out;
   out.dw = at::empty({0}, weights.options());
   for (int64_t need : need_xs)
-    if (need) out.dxs.push_back(at::empty(grad.sizes(), grad.options(), format));
+    if (need == kWritten) out.dxs.push_back(at::empty(grad.sizes(), grad.options(), format));
   const Layout layout = layout_of(grad.sizes(), format != at::MemoryFormat::Contiguous);
   dispatch(op, dtype, [&](auto tag) {
     using T = decltype(tag);
     std::vector<T*> dx(table.K, nullptr);
     for (int64_t k = 0, i = 0; k < table.K; ++k)
-      if (need_xs[k]) dx[k] = static_cast<T*>(out.dxs[i++].mutable_data_ptr());
+      if (need_xs[k] == kWritten) dx[k] = static_cast<T*>(out.dxs[i++].mutable_data_ptr());
     const Slot<const T> slot{const_pointer<T>(g), layout.C, 1};
     mix_backward(Mix<T>(layout), layout, slot, const_pointers<T>(operands), table, dx, out, weights,
-                 need_weights);
+                 need_weights, need_xs);
   });
-  return {out.dxs, out.dw, out.dgamma, out.dbeta};
+  return {out.dxs, out.dw, out.dgamma, out.dbeta, out.carried};
 }
 
 }  // namespace fastnas

@@ -72,14 +72,20 @@ void batch_statistics(const Mix<T>& mix, const std::vector<const T*>& xs, NormTa
 struct MixGradients {
   std::vector<at::Tensor> dxs;
   at::Tensor dw, dgamma, dbeta;
+  at::Tensor carried;  // as carried_gradients has them
 };
 
+// (number of carried inputs, 4, C): a, b, centre and c of their gradients, in so many rows.
+at::Tensor carried_gradients(const NormTable& table, const BackwardCoefficients& b,
+                             at::IntArrayRef need, const at::TensorOptions& options);
+
 // The backward for operands xs (N, C, ...) whose output gradient is the slot g. Empty xs were not kept by the
-// forward because nothing needs them.
+// forward because nothing needs them. `need` says which of them carry their gradient, none if it is empty.
 template <typename T>
 void mix_backward(const Mix<T>& mix, const Layout& layout, Slot<const T> g,
                   const std::vector<const T*>& xs, NormTable& table, const std::vector<T*>& dxs,
-                  MixGradients& out, const at::Tensor& weights, bool need_weights) {
+                  MixGradients& out, const at::Tensor& weights, bool need_weights,
+                  at::IntArrayRef need = {}) {
   const int64_t K = table.K, C = table.C;
   std::vector<double> sums(C), dots(K * C);
   mix.reduce(g, xs, table.mean, sums, dots);
@@ -89,6 +95,7 @@ void mix_backward(const Mix<T>& mix, const Layout& layout, Slot<const T> g,
   const int64_t rows = b.dgamma.size() / std::max<int64_t>(C, 1);
   out.dgamma = from_doubles(b.dgamma, {rows, C}, weights.options());
   out.dbeta = from_doubles(b.dbeta, {rows, C}, weights.options());
+  out.carried = carried_gradients(table, b, need, weights.options());
   std::vector<const T*> read(xs);
   for (int64_t k = 0; k < K; ++k)
     if (table.kinds[k] != kBatch) read[k] = nullptr;  // a * g is all there is

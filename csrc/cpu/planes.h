@@ -60,6 +60,9 @@ struct PlaneKernels {
   void (*outer)(const acc_t* g, int64_t g_group, int64_t outputs, const acc_t* x, int64_t x_group,
                 int64_t C, acc_t* sums, int64_t n);
 
+  // g = a g + b (y - centre) + c over n pixels; a, b, centre and c are vectors that follow each other in `carried`.
+  void (*carry)(acc_t* g, const acc_t* y, int64_t n, const acc_t* carried);
+
   // dx = 0 where x (rectified) is 0, over rows x n pixels without a gap in dx.
   void (*mask)(acc_t* dx, const acc_t* x, int64_t x_row, int64_t rows, int64_t n);
 };

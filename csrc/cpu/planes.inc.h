@@ -93,6 +93,16 @@ void normalise(A* x, int64_t x_row, int64_t rows, int64_t n, const A* scale, con
 }
 
 template <typename A>
+void carry(A* g, const A* y, int64_t n, const A* carried) {
+  using Ln = Lane<A>;
+  constexpr int L = Ln::kLanes;
+  const typename Ln::V a = Ln::load(carried), b = Ln::load(carried + L);
+  const typename Ln::V centre = Ln::load(carried + 2 * L), c = Ln::load(carried + 3 * L);
+  for (int64_t i = 0; i < n * L; i += L)
+    Ln::store(g + i, a * Ln::load(g + i) + (b * (Ln::load(y + i) - centre) + c));
+}
+
+template <typename A>
 void mask(A* dx, const A* x, int64_t x_row, int64_t rows, int64_t n) {
   using Ln = Lane<A>;
   using V = typename Ln::V;
@@ -296,5 +306,6 @@ constexpr PlaneKernels<T> kPlaneKernels = {
     normalise<acc_type<T>>,
     multiply<acc_type<T>>,
     outer<acc_type<T>>,
+    carry<acc_type<T>>,
     mask<acc_type<T>>,
 };

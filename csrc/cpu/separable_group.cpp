@@ -142,19 +142,22 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group_cpu(
           from_doubles(table.var, {group.C}, options)};
 }
 
-std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor>
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor,
+           at::Tensor>
 separable_group_backward_cpu(at::TensorList grads, at::IntArrayRef present, const at::Tensor& x,
                              const at::Tensor& mean, const at::Tensor& var, int64_t kind,
                              double eps, const OptionalTensor& gamma, const OptionalTensor& beta,
                              at::TensorList depthwise, at::TensorList pointwise,
-                             at::IntArrayRef dilations, int64_t stride, bool need_x, bool need_norm,
-                             at::IntArrayRef need_depthwise, at::IntArrayRef need_pointwise) {
+                             at::IntArrayRef dilations, int64_t stride, int64_t need_x,
+                             bool need_norm, at::IntArrayRef need_depthwise,
+                             at::IntArrayRef need_pointwise, at::TensorList outputs,
+                             at::TensorList carried) {
   const char* op = "separable_group_backward";
   const at::NoGradGuard no_grad;
   const SourceNorm norm{kind, eps, gamma, beta};
   const DepthwiseGroup group =
       check_separable_backward(op, grads, present, x, norm, mean, var, depthwise, pointwise,
-                               dilations, stride, need_depthwise, need_pointwise);
+                               dilations, stride, need_depthwise, need_pointwise, outputs, carried);
   const bool need_source = need_x || (need_norm && kind != kPlain);
   const at::ScalarType dtype = grads[0].scalar_type(), acc = accumulate_dtype(dtype);
   const at::MemoryFormat format = memory_format(x);
@@ -162,15 +165,18 @@ separable_group_backward_cpu(at::TensorList grads, at::IntArrayRef present, cons
   NormTable table = make_source_table(op, x, norm);
   if (kind != kPlain) set_statistics(op, table, mean, var);
   const std::vector<at::Tensor> gs = as_operands(grads, dtype, format);
+  const std::vector<at::Tensor> ys = as_operands(outputs, dtype, format);
   const at::Tensor source = as_operand(x, dtype, format);
   const at::TensorOptions plain = grads[0].options().memory_format(at::MemoryFormat::Contiguous);
   at::Tensor dh = at::empty({0}, plain);  // of what the ReLU saw
   if (need_source) dh = at::empty(x.sizes(), grads[0].options(), format);
   MixGradients out;
-  if (need_x && kind != kPlain) out.dxs.push_back(at::empty(x.sizes(), grads[0].options(), format));
+  const bool written = kind != kPlain && need_x == kWritten;
+  if (written) out.dxs.push_back(at::empty(x.sizes(), grads[0].options(), format));
   const int64_t rows = need_source && gamma ? 1 : 0;
   out.dgamma = from_doubles(std::vector<double>(rows * group.C), {rows, group.C}, plain.dtype(acc));
   out.dbeta = out.dgamma.clone();
+  out.carried = at::empty({0, 4, group.C}, plain.dtype(acc));
   std::vector<at::Tensor> ddepthwise, dpointwise;
   if (grads[0].numel() == 0) {
     ddepthwise = zeros(depthwise, need_depthwise);
@@ -179,8 +185,13 @@ separable_group_backward_cpu(at::TensorList grads, at::IntArrayRef present, cons
     dispatch(op, dtype, [&](auto tag) {
       using T = decltype(tag);
       std::vector<const T*> g(group.size(), nullptr);
-      for (int64_t i = 0, j = 0; i < group.size(); ++i)
-        if (present[i]) g[i] = const_pointer<T>(gs[j++]);
+      std::vector<typename Separable<T>::Carried> c(group.size());
+      for (int64_t i = 0, j = 0; i < group.size(); ++i) {
+        if (!present[i]) continue;
+        if (!carried.empty() && carried[j].numel())
+          c[i] = {const_pointer<T>(ys[j]), to_doubles(carried[j])};
+        g[i] = const_pointer<T>(gs[j++]);
+      }
       const T* values = const_pointer<T>(source);
       T* to = need_source ? static_cast<T*>(dh.mutable_data_ptr()) : nullptr;
       const DepthwiseGroup whole = filled<T>(group);
@@ -189,19 +200,19 @@ separable_group_backward_cpu(at::TensorList grads, at::IntArrayRef present, cons
       FilledSums ddw(depthwise, need_depthwise, whole.C, 1);
       FilledSums dpw(pointwise, need_pointwise, whole.C, whole.C);
       Separable<T>(whole, columns, read.source(), group.C)
-          .backward(g, values, taps.pointers, matrices.pointers, to, ddw.values, dpw.values);
+          .backward(g, c, values, taps.pointers, matrices.pointers, to, ddw.values, dpw.values);
       ddepthwise = ddw.as_weights(depthwise, need_depthwise);
       dpointwise = dpw.as_weights(pointwise, need_pointwise);
       if (!need_source || kind == kPlain) return;
       const Layout layout = layout_of(x.sizes(), columns);
-      T* dx = need_x ? static_cast<T*>(out.dxs[0].mutable_data_ptr()) : nullptr;
+      T* dx = written ? static_cast<T*>(out.dxs[0].mutable_data_ptr()) : nullptr;
       mix_backward(Mix<T>(layout), layout, Slot<const T>{to, layout.C, 1}, {values}, table, {dx},
-                   out, mean.to(acc), false);
+                   out, mean.to(acc), false, {need_x});
     });
   }
   at::Tensor dx = at::empty({0}, plain);
-  if (need_x) dx = kind == kPlain ? dh : out.dxs[0];
-  return {dx, ddepthwise, dpointwise, out.dgamma, out.dbeta};
+  if (need_x) dx = written ? out.dxs[0] : dh;
+  return {dx, ddepthwise, dpointwise, out.dgamma, out.dbeta, out.carried};
 }
 
 }  // namespace fastnas

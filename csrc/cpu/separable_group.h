@@ -51,12 +51,21 @@ class Separable : Depthwise<T> {
     });
   }
 
+  // An output and the numbers that make its gradient of what is given as such (mixed_batch_norm.h), (4, channels); null
+  // where a gradient is given.
+  struct Carried {
+    const T* output = nullptr;
+    std::vector<double> values;
+  };
+
   // grads[i] is null where the output has no gradient, dx where it is not needed; the gradients of weights are empty
   // where they are not.
-  void backward(const std::vector<const T*>& grads, const T* x, const Weights& depthwise,
-                const Weights& pointwise, T* dx, Sums& ddepthwise, Sums& dpointwise) const {
+  void backward(const std::vector<const T*>& grads, const std::vector<Carried>& carried, const T* x,
+                const Weights& depthwise, const Weights& pointwise, T* dx, Sums& ddepthwise,
+                Sums& dpointwise) const {
     const Tables tables{this->weight_table(outputs_, depthwise),
-                        this->weight_table(inputs_, depthwise), matrix_table(pointwise, true)};
+                        this->weight_table(inputs_, depthwise), matrix_table(pointwise, true),
+                        carried_tables(carried)};
     const int64_t row = groups_ * taps_ * L_ + group_.size() * matrix_size();
     const int64_t each = blocks_per_task(row), tasks = (blocks_ + each - 1) / each;
     TaskSums partial(tasks, row);
@@ -68,7 +77,8 @@ class Separable : Depthwise<T> {
         int64_t pending = 0;
         bool added = false;
         for (int64_t block = task * each; block < last; ++block) {
-          differentiate(grads, x, tables, dx, ddepthwise, dpointwise, block, b, running.data());
+          differentiate(grads, carried, x, tables, dx, ddepthwise, dpointwise, block, b,
+                        running.data());
           pending += slab_ * group_.ow;
           if (pending < kSumPixels && block + 1 < last) continue;
           pending = 0;
@@ -86,13 +96,14 @@ class Separable : Depthwise<T> {
 
   struct Tables {
     Vector outputs, inputs, matrices;
+    std::vector<Vector> carried;
   };
 
   // Of all groups of a block: frames of x and of the gradient between the convolutions, rows of an output's gradient
   // with those around it, strips of what is between the convolutions and of an output.
   struct Buffers {
     std::vector<Vector> x, dx;
-    Vector h, g, strip, out;
+    Vector h, g, y, strip, out;
     AlignedVector<T> scratch;
 
     Buffers(const Separable& s, bool backward)
@@ -100,6 +111,7 @@ class Separable : Depthwise<T> {
           dx(backward ? s.groups_ : 0, Vector(s.x_.rows * s.group_.W * s.L_)),
           h(backward ? s.groups_ * s.g_.elements() : 0),
           g(backward ? s.groups_ * s.gradient_size() : 0),
+          y(backward ? s.gradient_size() : 0),
           strip(s.groups_ * s.strip_size()),
           out(backward ? 0 : s.groups_ * s.strip_size()),
           scratch(std::max(kStagePixels, std::max(s.group_.W, s.group_.ow)) * s.L_) {}
@@ -177,9 +189,9 @@ class Separable : Depthwise<T> {
     }
   }
 
-  void differentiate(const std::vector<const T*>& grads, const T* x, const Tables& tables, T* dx,
-                     const Sums& ddepthwise, const Sums& dpointwise, int64_t block, Buffers& b,
-                     acc_t* sums) const {
+  void differentiate(const std::vector<const T*>& grads, const std::vector<Carried>& carried,
+                     const T* x, const Tables& tables, T* dx, const Sums& ddepthwise,
+                     const Sums& dpointwise, int64_t block, Buffers& b, acc_t* sums) const {
     const int64_t s = group_.stride, rows = this->rows_of(block);
     const int64_t height = std::min(s * slab_, group_.H - block % slabs_ * slab_ * s);
     load_source(x, block, b);
@@ -189,7 +201,7 @@ class Separable : Depthwise<T> {
       const int64_t i = p.convolution;
       const bool between = dx || !ddepthwise[i].empty(), matrix = !dpointwise[i].empty();
       if (!grads[i] || (!between && !matrix)) continue;
-      const Rows loaded = load_gradient(grads[i], block, b);
+      const Rows loaded = load_gradient(grads[i], carried[i].output, tables.carried[i], block, b);
       if (matrix)
         add_matrix(p, tables.outputs.data(), block, loaded, b,
                    sums + groups_ * taps_ * L_ + i * matrix_size());
@@ -209,12 +221,41 @@ class Separable : Depthwise<T> {
   }
 
   // The rows of a block and those around it that the border asks for, without gaps.
-  Rows load_gradient(const T* g, int64_t block, Buffers& b) const {
+  Rows load_gradient(const T* g, const T* y, const Vector& carried, int64_t block,
+                     Buffers& b) const {
     const Rows rows = this->rows_loaded(g_, output_, block, 1);
-    for (int64_t q = 0; q < groups_; ++q)
-      this->pack(output_, g, unit(block, q), rows.first, rows.last - rows.first,
-                 b.g.data() + q * gradient_size(), group_.ow, false, b.scratch);
+    const int64_t ow = group_.ow, count = rows.last - rows.first;
+    for (int64_t q = 0; q < groups_; ++q) {
+      acc_t* to = b.g.data() + q * gradient_size();
+      this->pack(output_, g, unit(block, q), rows.first, count, to, ow, false, b.scratch);
+      if (!y) continue;
+      this->pack(output_, y, unit(block, q), rows.first, count, b.y.data(), ow, false, b.scratch);
+      const int64_t images = output_.planes - block / slabs_ * L_;
+      if (group_.C >= L_ || images >= L_) {
+        kernels_.carry(to, b.y.data(), count * ow, carried.data() + q * 4 * L_);
+        continue;
+      }
+      Vector some(carried);  // lanes behind the last image stay zero
+      for (int64_t j = 0; j < 4; ++j) std::fill_n(some.data() + j * L_ + images, L_ - images, 0);
+      kernels_.carry(to, b.y.data(), count * ow, some.data());
+    }
     return rows;
+  }
+
+  // For every group four vectors; zeros for channels that fill up the tensors'.
+  std::vector<Vector> carried_tables(const std::vector<Carried>& carried) const {
+    std::vector<Vector> out;
+    for (const Carried& each : carried) {
+      Vector& table = out.emplace_back(each.output ? groups_ * 4 * L_ : 0);
+      const int64_t C = each.values.size() / 4;
+      for (int64_t q = 0; each.output && q < groups_; ++q)
+        for (int64_t j = 0; j < 4; ++j)
+          for (int64_t l = 0; l < L_; ++l) {
+            const int64_t c = (q * L_ + l) % group_.C;
+            if (c < C) table[(q * 4 + j) * L_ + l] = static_cast<acc_t>(each.values[j * C + c]);
+          }
+    }
+    return out;
   }
 
   // The gradient of what is between the convolutions, inside its frames.

@@ -253,10 +253,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm(
   return {y, f.mean.to(weights.scalar_type()), f.var.to(weights.scalar_type())};
 }
 
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm_backward(
-    const at::Tensor& grad, at::TensorList xs, const at::Tensor& weights, const at::Tensor& mean,
-    const at::Tensor& var, at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
-    at::TensorList gammas, at::TensorList betas, at::IntArrayRef need_xs, bool need_weights) {
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+mixed_batch_norm_backward(const at::Tensor& grad, at::TensorList xs, const at::Tensor& weights,
+                          const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef kinds,
+                          at::ArrayRef<double> eps, at::IntArrayRef affine, at::TensorList gammas,
+                          at::TensorList betas, at::IntArrayRef need_xs, bool need_weights) {
   const char* op = "mixed_batch_norm_backward";
   check_floating(op, "grad", grad);
   TORCH_CHECK_VALUE(grad.dim() >= 2, op, ": expected grad of shape (N, C, ...), but got ",
@@ -265,6 +266,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor> mixed_ba
   check_weights(op, weights, xs.size(), grad);
   TORCH_CHECK_VALUE(need_xs.size() == xs.size(), op, ": expected need_xs of one entry per input (",
                     xs.size(), "), but got ", need_xs.size());
+  for (int64_t need : need_xs) check_written(op, need);
   const c10::cuda::CUDAGuard guard(grad.device());
   const int64_t C = grad.size(1);
   NormArguments norms = make_norms(op, C, weights, kinds, eps, affine, gammas, betas);
@@ -291,7 +293,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor> mixed_ba
       mix_backward(plan, pointer(g), 1, operands, norms, weights, mean, var, need_xs, need_weights);
   C10_CUDA_CHECK(launch_gradients(
       plan, gradient_arguments(plan, out, pointer(g), 1, operands, norms, to), stream_of(grad)));
-  return {dxs, out.dw, out.dgamma, out.dbeta};
+  return {dxs, out.dw, out.dgamma, out.dbeta, at::empty({0, 4, C}, weights.options())};
 }
 
 }  // namespace fastnas::cuda

@@ -38,9 +38,11 @@ struct Gradients {
   std::vector<at::Tensor> ddepthwise, dpointwise;
   at::Tensor dgamma, dbeta;
 
-  std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor>
+  std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor,
+             at::Tensor>
   tuple() const {
-    return {dx, ddepthwise, dpointwise, dgamma, dbeta};
+    return {dx, ddepthwise, dpointwise, dgamma, dbeta,
+            at::empty({0, 4, dgamma.size(1)}, dgamma.options())};
   }
 };
 
@@ -137,20 +139,24 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group(
   return composition.forward(running_mean, running_var);
 }
 
-std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor>
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor,
+           at::Tensor>
 separable_group_backward(at::TensorList grads, at::IntArrayRef present, const at::Tensor& x,
                          const at::Tensor& mean, const at::Tensor& var, int64_t kind, double eps,
                          const OptionalTensor& gamma, const OptionalTensor& beta,
                          at::TensorList depthwise, at::TensorList pointwise,
-                         at::IntArrayRef dilations, int64_t stride, bool need_x, bool need_norm,
-                         at::IntArrayRef need_depthwise, at::IntArrayRef need_pointwise) {
+                         at::IntArrayRef dilations, int64_t stride, int64_t need_x, bool need_norm,
+                         at::IntArrayRef need_depthwise, at::IntArrayRef need_pointwise,
+                         at::TensorList outputs, at::TensorList carried) {
   const char* op = "separable_group_backward";
   const at::NoGradGuard no_grad;
   // Autocast would take the products of x in float32 behind a norm in half, forward but not backward.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const SourceNorm norm{kind, eps, gamma, beta};
   check_separable_backward(op, grads, present, x, norm, mean, var, depthwise, pointwise, dilations,
-                           stride, need_depthwise, need_pointwise);
+                           stride, need_depthwise, need_pointwise, outputs, carried);
+  check_written(op, need_x);
+  for (const at::Tensor& c : carried) check_written(op, c.numel() ? kCarried : kNone);
   const c10::cuda::CUDAGuard guard(x.device());
   const Composition composition{x, norm, depthwise, pointwise, dilations, stride};
   return composition

@@ -22,8 +22,9 @@ from fastnas.nn.mixed_op import MixedOp, select_weights
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.recompute import Memory, Recompute
 from fastnas.nn.repeat import Packed
-from fastnas.nn.source import call, evaluate_source, is_faster
+from fastnas.nn.source import Carriers, call, can_carry, evaluate_source, is_faster
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
+from fastnas.ops.mixed_batch_norm import mix_apart
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -120,6 +121,7 @@ def run_nodes(
     elif k > 1:
         factors = op_weights.new_ones(len(edges))
     rows = op_weights.unbind(0)
+    carriers: Carriers | None = {} if memory == "default" and can_carry() else None
     again = Recompute() if memory == "low" and Recompute.is_possible() else None
     arrivals: list[list[_Arrival]] = [[] for _ in starts]
 
@@ -127,7 +129,7 @@ def run_nodes(
         nodes = range(max(source - len(inputs) + 1, 0), len(starts))
         numbers = [starts[node] + source for node in nodes]
         leaving, weights = [edges[e] for e in numbers], [rows[e] for e in numbers]
-        found = _leave(states[source], leaving, weights, k, again)
+        found = _leave(states[source], leaving, weights, k, again, carriers)
         for node, arrival in zip(nodes, found, strict=True):
             arrivals[node].append(arrival)
 
@@ -137,7 +139,7 @@ def run_nodes(
         # An arrival is dropped here, so that nothing of it outlives its use.
         arrived, arrivals[node] = arrivals[node], []
         mine = None if factors is None else factors[start : start + len(arrived)]
-        states.append(_mix(arrived, mine, k, again))
+        states.append(_mix(arrived, mine, k, again, carriers))
         if node + 1 < len(starts):
             leave(len(inputs) + node)
     return states
@@ -174,7 +176,12 @@ def node_starts(inputs: int, count: int) -> list[int]:
 
 
 def _leave(
-    state: State, edges: Sequence[MixedOp], rows: Sequence[Tensor], k: int, again: Recompute | None
+    state: State,
+    edges: Sequence[MixedOp],
+    rows: Sequence[Tensor],
+    k: int,
+    again: Recompute | None,
+    carriers: Carriers | None,
 ) -> Iterator[_Arrival]:
     """Run the candidates of all edges that leave ``state``."""
     run = call if again is None else again.run
@@ -191,7 +198,7 @@ def _leave(
             mixed = run(packed, mixed)
     used = [[r for r in enumerate(edge._routes()) if not r[1].zero] for edge in edges]
     recipes = [[route.recipe for _, route in routes] for routes in used]
-    outputs = evaluate_source(mixed, recipes, run)
+    outputs = evaluate_source(mixed, recipes, run, carriers)
     bypass: dict[int, Tensor] = {}
     for edge, row, routes, xs in zip(edges, rows, used, outputs, strict=True):
         height = xs[0].shape[2]
@@ -211,7 +218,11 @@ def _leave(
 
 
 def _mix(
-    arrivals: Sequence[_Arrival], factors: Tensor | None, k: int, again: Recompute | None
+    arrivals: Sequence[_Arrival],
+    factors: Tensor | None,
+    k: int,
+    again: Recompute | None,
+    carriers: Carriers | None,
 ) -> State:
     """The sum over all that arrives at a node."""
     run = call if again is None else again.mix
@@ -220,10 +231,12 @@ def _mix(
     weights = torch.cat([arrival.weights for arrival in arrivals])
     rests = [arrival.rest for arrival in arrivals if arrival.rest is not None]
     state: State
+    found = {} if carriers is None else carriers
+    carried = {i: found.pop(id(x)) for i, x in enumerate(xs) if id(x) in found}
     if k == 1:
-        state = (run(ops.mixed_batch_norm, xs, weights, norms),)
+        state = (run(mix_apart, xs, weights, norms, carried),)
     elif is_faster("parts", xs[0]):
-        mixed = run(ops.mixed_batch_norm, xs, weights, norms)
+        mixed = run(mix_apart, xs, weights, norms, carried)
         state = run(ops.partial_channel_node, mixed, rests, factors, k)
     else:
         rest = run(ops.mixed_sum, rests, factors)

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from fastnas import ops
 from fastnas.nn.batch_norm import has_global_hook, hook_tables
-from fastnas.nn.halves import SharedHalves, TwoHalves, picked_pixels
-from fastnas.nn.pool import AVERAGE_POOLS
-from fastnas.nn.source import (
+from fastnas.nn.fused import (
     NormConvolution,
     NormConvolutions,
     Rectified,
     SharedConvolutions,
     SharedPools,
 )
+from fastnas.nn.halves import SharedHalves, TwoHalves, picked_pixels
+from fastnas.nn.pool import AVERAGE_POOLS
 
 __all__ = ["BatchStatistics", "Packed", "Repeat", "repeat_of"]
 

@@ -13,20 +13,27 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from fastnas import ops
+from fastnas.nn.fused import (
+    NormConvolution,
+    NormConvolutions,
+    Rectified,
+    SharedConvolutions,
+    SharedPools,
+)
 from fastnas.nn.halves import SharedHalves, TwoHalves, picked_pixels
 from fastnas.nn.pool import AVERAGE_POOLS
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
-from fastnas.ops.separable_each import run_separable_each
-from fastnas.ops.separable_group import run_separable_group
 
 __all__ = ["Recipe", "evaluate_source", "is_faster", "make_recipe"]
 
 Layer = Callable[[Tensor], Tensor]
 #: How a layer is called with its inputs.
 Run = Callable[..., Any]
+#: By identity of the tensor that they belong to.
+Carriers = dict[int, Tensor]
 
 
 class Recipe(NamedTuple):
@@ -90,6 +97,7 @@ def evaluate_source(
     x: Tensor,
     edges: Sequence[Sequence[Recipe]],
     run: Run = call,
+    carriers: Carriers | None = None,
 ) -> list[list[Tensor]]:
     """Run the candidates of all edges that leave one state.
 
@@ -97,13 +105,18 @@ def evaluate_source(
         x: the state, ``(N, C, H, W)``.
         edges: for each edge the recipes of its candidates.
         run: how a layer is called with its inputs (``fastnas.nn.recompute`` has another way).
+        carriers: takes those of the results that have one (``fastnas.ops._carried``). None where
+            the caller does not want them, or reads a result more than once.
 
     Returns:
         For each edge what its candidates return, in their order; some may be the same tensor.
     """
-    convolved = _convolve(x, edges, run) if is_faster("convolutions", x) else {}
+    if not _carries(x) or _has_repetitions(edges):
+        carriers = None
+    between: Carriers | None = None if carriers is None else {}
+    convolved = _convolve(x, edges, run, between) if is_faster("convolutions", x) else {}
     convolved.update(_halve(x, edges, run))
-    again = _convolve_again(convolved, edges, run)
+    again = _convolve_again(convolved, edges, run, between, carriers)
     shared = _pool(x, edges, run) if is_faster("pools", x) else {}
     results = []
     for recipes in edges:
@@ -120,6 +133,8 @@ def evaluate_source(
                 h, layers = shared[recipe.key], ()
             elif recipe.rectified is not None and is_faster("rectified", x):
                 layers = (recipe.rectified,)
+            if between and not layers and id(h) in between:
+                carriers[id(h)] = between[id(h)]  # type: ignore[index]  # both or neither
             for layer in layers:
                 h = run(layer, h)
             outputs.append(h)
@@ -133,7 +148,10 @@ _FASTER = {
     "pools": ("cpu",),  # a max pool and an average pool of one source
     "rectified": ("cpu",),  # a ReLU and a 1x1 convolution
     "parts": ("cpu",),  # states with partial channels in two tensors
+    "carried": ("cpu",),  # gradients that are made where they are read
 }
+#: From where on that is: what fills a core's cache.
+_CARRIED_ELEMENTS = 1 << 17
 
 
 def is_faster(way: str, x: Tensor) -> bool:
@@ -141,10 +159,27 @@ def is_faster(way: str, x: Tensor) -> bool:
     return x.device.type in _FASTER[way]
 
 
+def can_carry() -> bool:
+    """Whether gradients can be made where they are read: torch.compile does not know which come."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _carries(x: Tensor) -> bool:
+    """Whether that is faster for what reads ``x``: writing what stays in a cache costs nothing."""
+    return is_faster("carried", x) and x.numel() >= _CARRIED_ELEMENTS
+
+
+def _has_repetitions(edges: Sequence[Sequence[Recipe]]) -> bool:
+    """Whether a candidate occurs twice, whose one result two sums then read."""
+    recipes = [id(recipe) for recipes in edges for recipe in recipes]
+    return len(set(recipes)) < len(recipes)
+
+
 def _convolve(
     x: Tensor,
     edges: Sequence[Sequence[Recipe]],
     run: Run,
+    carriers: Carriers | None,
 ) -> dict[int, Tensor]:
     """What the leading convolutions of the recipes return, by identity of the recipe."""
     groups: dict[tuple[int, bool], list[Recipe]] = {}
@@ -157,13 +192,22 @@ def _convolve(
     for group in groups.values():
         for start in range(0, len(group), MAX_CANDIDATES):
             part = group[start : start + MAX_CANDIDATES]
-            ys = run(SharedConvolutions(part), x)
+            shared = SharedConvolutions([(r.depthwise, r.pointwise) for r in part if r.depthwise])
+            if carriers is not None and shared.mixing:
+                ys, found = shared.carry(x)
+                carriers.update((id(y), c) for y, c in zip(ys, found, strict=False))
+            else:
+                ys = run(shared, x)
             outputs.update((id(recipe), y) for recipe, y in zip(part, ys, strict=True))
     return outputs
 
 
 def _convolve_again(
-    convolved: dict[int, Tensor], edges: Sequence[Sequence[Recipe]], run: Run
+    convolved: dict[int, Tensor],
+    edges: Sequence[Sequence[Recipe]],
+    run: Run,
+    given: Carriers | None,
+    carriers: Carriers | None,
 ) -> dict[int, Tensor]:
     """What the second halves of separable convolutions return, where several are alike."""
     groups: dict[Hashable, list[tuple[int, NormConvolution]]] = {}
@@ -178,8 +222,14 @@ def _convolve_again(
         for start in range(0, len(group), MAX_CANDIDATES):
             part = group[start : start + MAX_CANDIDATES]
             if len(part) > 1:
-                layers = [layer for _, layer in part]
-                ys = run(NormConvolutions(layers), *(convolved[number] for number, _ in part))
+                shared = NormConvolutions([layer for _, layer in part])
+                xs = [convolved[number] for number, _ in part]
+                if carriers is not None and given is not None:
+                    known = [given[id(x)] for x in xs if id(x) in given]
+                    ys, found = shared.carry(xs, known if len(known) == len(xs) else [])
+                    carriers.update((id(y), c) for y, c in zip(ys, found, strict=False))
+                else:
+                    ys = run(shared, *xs)
                 outputs.update((number, y) for (number, _), y in zip(part, ys, strict=True))
     return outputs
 
@@ -219,95 +269,6 @@ def _pool(
         if keys.issuperset(pair):
             outputs.update(zip(pair, run(SharedPools(stride), x), strict=True))
     return outputs
-
-
-class SharedPools:
-    """A max pool and an average pool, of DARTS, as one fused call."""
-
-    def __init__(self, stride: int) -> None:
-        """Take the stride of both."""
-        self.stride = stride
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``(N, C, H, W)`` to what each of them returns."""
-        return ops.pool_pair(x, self.stride)
-
-
-class SharedConvolutions:
-    """A ReLU and the convolutions behind it, all depthwise or all separable, as one fused call."""
-
-    def __init__(self, recipes: Sequence[Recipe]) -> None:
-        """Take what the modules hold now; the strides of all recipes are the same."""
-        convs = [recipe.depthwise for recipe in recipes if recipe.depthwise is not None]
-        self.weights = [_weight(conv) for conv in convs]
-        #: Empty without pointwise convolutions.
-        self.mixing = [_weight(r.pointwise) for r in recipes if r.pointwise is not None]
-        self.dilations = [conv.dilation[0] for conv in convs]
-        self.stride = convs[0].stride[0]
-
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        """Map ``(N, C, H, W)`` to what each recipe's convolutions return."""
-        if self.mixing:
-            return run_separable_group(x, self.weights, self.mixing, self.dilations, self.stride)
-        return ops.depthwise_group(x, self.weights, self.dilations, self.stride)
-
-
-class Rectified:
-    """A ReLU and a convolution that only mixes channels, as one fused call."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        """Take the convolution; its weight is read at every call."""
-        self.conv = conv
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map ``(N, C, H, W)`` to what the convolution returns."""
-        return ops.relu_pointwise(x, self.conv.weight)
-
-
-class NormConvolution:
-    """BatchNorm, ReLU and a depthwise or separable convolution as one fused call."""
-
-    def __init__(
-        self, norm: nn.BatchNorm2d, depthwise: nn.Conv2d, pointwise: nn.Conv2d | None = None
-    ) -> None:
-        """Take the modules; what they hold is read at every call."""
-        self.norm, self.depthwise, self.pointwise = norm, depthwise, pointwise
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map ``(N, C, H, W)`` to what the last convolution returns."""
-        conv, norm = self.depthwise, self.norm
-        weights, dilations, stride = [conv.weight], [conv.dilation[0]], conv.stride[0]
-        if self.pointwise is None:
-            (y,) = ops.batch_norm_depthwise(x, norm, weights, dilations, stride)  # type: ignore[arg-type]  # torch declares its Parameters as always there
-        else:
-            mixing = [self.pointwise.weight]
-            (y,) = run_separable_group(x, weights, mixing, dilations, stride, norm)  # type: ignore[arg-type]
-        return y
-
-
-class NormConvolutions:
-    """Several of them with a pointwise convolution, each of its own input, as one fused call."""
-
-    def __init__(self, layers: Sequence[NormConvolution]) -> None:
-        """Take what is alike but for its weights, norms and dilations."""
-        self.layers = layers
-        self.norms = [layer.norm for layer in layers]
-        self.weights = [_weight(layer.depthwise) for layer in layers]
-        self.mixing = [_weight(layer.pointwise) for layer in layers if layer.pointwise is not None]
-        self.dilations = [layer.depthwise.dilation[0] for layer in layers]
-        self.stride = layers[0].depthwise.stride[0]
-
-    def __call__(self, *xs: Tensor) -> list[Tensor]:
-        """Map each ``(N, C, H, W)`` to what its convolutions return."""
-        arguments = self.weights, self.mixing, self.dilations, self.norms, self.stride
-        return run_separable_each(xs, *arguments)  # type: ignore[arg-type]  # as above
-
-
-def _weight(conv: nn.Conv2d) -> Tensor:
-    """``conv.weight``, read where a plain convolution keeps it: attributes of modules are slow."""
-    # A parametrization that was registered since the recipe was made changes the class.
-    weight = conv._parameters.get("weight") if type(conv) is nn.Conv2d else None
-    return conv.weight if weight is None else weight
 
 
 def _is_relu(layer: Layer) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastnas._extension import has_kernels
 from fastnas.ops import reference
+from fastnas.ops._carried import make_carriers, with_outputs
 from fastnas.ops._common import differentiate, memory_format
 from fastnas.ops._norms import Norm, Update, gather_norms, update_running_statistics
 from fastnas.ops.reference import PLAIN, RUNNING
@@ -48,16 +49,17 @@ def read_norm(op: str, x: Tensor, norm: Norm | None, training: bool | None) -> S
 class SourceConvolutions(torch.autograd.Function):
     """Autograd of these ops; a second derivative goes through the reference.
 
-    Its arguments are the name of the op, kind, eps, dilations, stride, x, the norm's tensors and
-    all weights.
+    Its arguments are the name of the op, kind, eps, dilations, stride, how many carriers there are
+    to be (``fastnas.ops._carried``; none, or one for each output), x, the norm's tensors and all
+    weights.
     """
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        """The outputs, and the ``(C,)`` mean and biased variance that were used, empty for none."""
+        """The outputs, the ``(C,)`` mean and biased variance used, empty for none, and carriers."""
         # One parameter for all: without gradients, torch.compile would take the first argument for
         # ctx where there are as many arguments as parameters.
-        ctx, op, kind, eps, dilations, stride, x, gamma, beta, *arguments_left = arguments
+        ctx, op, kind, eps, dilations, stride, carriers, x, gamma, beta, *arguments_left = arguments
         running_mean, running_var, *weights = arguments_left
         source = torch.ops.fastnas if has_kernels(x.device.type) else reference
         ys, mean, var = getattr(source, op)(
@@ -65,21 +67,24 @@ class SourceConvolutions(torch.autograd.Function):
             dilations, stride,
         )  # fmt: skip
         # Not the running statistics: a training step may move them before the backward.
-        ctx.save_for_backward(x, mean, var, gamma, beta, *weights)
+        ctx.save_for_backward(x, mean, var, gamma, beta, *weights, *ys[:carriers])
         ctx.op, ctx.kind, ctx.eps, ctx.dilations, ctx.stride = op, kind, eps, dilations, stride
         ctx.format = memory_format(x)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return (*ys, mean, var)
+        ctx.carriers = carriers
+        return (*ys, mean, var, *make_carriers(ys[0], carriers))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of ``x``, of the affine parameters and of the weights that ask for one."""
         x, mean, var, gamma, beta, *weights = ctx.saved_tensors
-        count = len(ctx.dilations)
-        need_x, need_gamma, need_beta, _, _, *need_weights = ctx.needs_input_grad[5:]
-        present = [g is not None for g in grads[:-2]]
-        given = [g for g in grads[:-2] if g is not None]
+        count, first = len(ctx.dilations), len(weights) - ctx.carriers
+        weights, ys = weights[:first], weights[first:]
+        need_x, need_gamma, need_beta, _, _, *need_weights = ctx.needs_input_grad[6:]
+        grads, numbers = grads[:count], grads[count + 2 :]
+        present = [g is not None for g in grads]
+        given = [g for g in grads if g is not None]
         # What has no gradient has none here either: autograd tells it from zeros.
         need_weights = [n and present[i % count] for i, n in enumerate(need_weights)]
         if not given or not any((need_x, need_gamma, need_beta, *need_weights)):
@@ -100,15 +105,20 @@ class SourceConvolutions(torch.autograd.Function):
 
             dx, *more = differentiate(composite, (x, *affine, *weights), needs, given)
             dgamma, dbeta = more[:2] if affine else (None, None)
-            return (None,) * 5 + (dx, dgamma, dbeta, None, None, *more[len(affine) :])
+            return (None,) * 6 + (dx, dgamma, dbeta, None, None, *more[len(affine) :])
         given = [g.contiguous(memory_format=ctx.format) for g in given]
+        lists: list[list[Tensor]] = []
+        if op == "separable_group":
+            carried = [n for n, p in zip(numbers, present, strict=False) if p]
+            made = [y for y, p in zip(ys, present, strict=False) if p]
+            lists = list(with_outputs(carried, made))
         dx, *dgroups, dgamma, dbeta = getattr(torch.ops.fastnas, f"{op}_backward")(
             given, present, x, mean, var, kind, eps, gamma, beta, *_groups(weights, count), *tail,
-            need_x, need_gamma or need_beta, *_groups(need_weights, count),
-        )  # fmt: skip
+            need_x, need_gamma or need_beta, *_groups(need_weights, count), *lists,
+        )[: 3 + len(weights) // count]  # fmt: skip
         items = iter([dw for group in dgroups for dw in group])
         return (
-            *(None,) * 5,
+            *(None,) * 6,
             dx if need_x else None,
             dgamma.view(-1).to(gamma.dtype) if need_gamma else None,
             dbeta.view(-1).to(beta.dtype) if need_beta else None,

@@ -55,7 +55,7 @@ def batch_norm_depthwise(
         raise TypeError(f"{_OP}: expected norm to be a BatchNorm, but got None")
     n = read_norm(_OP, x, norm, training)
     *ys, mean, var = SourceConvolutions.apply(
-        _OP, n.kind, n.eps, list(dilations), stride, x, *n.tensors, *weights
+        _OP, n.kind, n.eps, list(dilations), stride, 0, x, *n.tensors, *weights
     )
     n.update(x, mean, var)
     dtype = autocast_dtype(x)

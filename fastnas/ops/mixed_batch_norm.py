@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastnas._extension import has_kernels
 from fastnas.ops import reference
+from fastnas.ops._carried import CARRIED, WRITTEN
 from fastnas.ops._common import (
     as_weights,
     check_candidates,
@@ -60,11 +61,26 @@ def mixed_batch_norm(
         TypeError: an input is not a floating-point tensor, or a norm is a module of another kind
             (``SyncBatchNorm``, whose statistics go over processes, among them).
     """
+    return mix_apart(xs, weights, norms, {}, training)
+
+
+def mix_apart(
+    xs: Sequence[Tensor],
+    weights: Tensor | Sequence[Tensor | float],
+    norms: Sequence[Norm | None],
+    carriers: Mapping[int, Tensor],
+    training: bool | None = None,
+) -> Tensor:
+    """:func:`mixed_batch_norm`, but the gradients of some inputs are finished by their makers.
+
+    ``carriers`` has, by number of such an input, what came with it (``fastnas.ops._carried``).
+    """
     check_candidates("mixed_batch_norm", xs)
     w = as_weights("mixed_batch_norm", weights, xs)
     n = gather_norms("mixed_batch_norm", xs, norms, training)
+    tensors = (*xs, *n.gammas, *n.betas, *n.running_means, *n.running_vars)
     y, mean, var = MixedBatchNorm.apply(
-        n.kinds, n.eps, n.affine, w, *xs, *n.gammas, *n.betas, *n.running_means, *n.running_vars
+        tuple(carriers), n.kinds, n.eps, n.affine, *carriers.values(), w, *tensors
     )
     if n.updates:
         count = xs[0].numel() // max(xs[0].shape[1], 1)
@@ -73,14 +89,19 @@ def mixed_batch_norm(
 
 
 class MixedBatchNorm(torch.autograd.Function):
-    """Autograd of :func:`mixed_batch_norm`; the second derivative goes through the reference."""
+    """Autograd of :func:`mixed_batch_norm`; the second derivative goes through the reference.
+
+    Its arguments are which inputs have a carrier, kinds, eps, which norms are affine, the carriers,
+    the weights, and all tensors (``fastnas.ops._mixed``).
+    """
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         """``y``, and the ``(K, C)`` means and biased variances that were used."""
         # One parameter for all: without gradients, torch.compile would take the first argument for
         # ctx where there are as many arguments as parameters.
-        ctx, kinds, eps, affine, weights, *tensors = arguments
+        ctx, carried, kinds, eps, affine, *rest = arguments
+        weights, *tensors = rest[len(carried) :]  # carriers are for the backward alone
         xs, gammas, betas, means, variances = split_tensors(kinds, affine, tensors)
         if has_kernels(xs[0].device.type):
             y, mean, var = torch.ops.fastnas.mixed_batch_norm(
@@ -89,6 +110,7 @@ class MixedBatchNorm(torch.autograd.Function):
         else:
             y, mean, var = composite("mixed_batch_norm", kinds, eps, affine, weights, tensors)
         keep(ctx, [weights], kinds, eps, affine, tensors, mean, var)
+        ctx.carried, ctx.alone = carried, True
         return y, mean, var
 
     @staticmethod
@@ -100,8 +122,10 @@ class MixedBatchNorm(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         kinds, eps, affine = ctx.kinds, ctx.eps, ctx.affine
         (weights, mean, var), xs, gammas, betas = kept(ctx, 1)
-        need_w, *need = ctx.needs_input_grad[3:]
+        carried, head = ctx.carried, (None,) * 4
+        need_w, *need = ctx.needs_input_grad[4 + len(carried) :]
         if torch.is_grad_enabled() or not has_kernels(grad.device.type):
+            ctx.alone = False  # the derivative of what follows reads the inputs as well
             stand_ins = [stand_in(x, grad.shape) for x in xs]
             grads = differentiate(
                 lambda w, *t: composite("mixed_batch_norm", kinds, eps, affine, w, t)[0],
@@ -109,12 +133,19 @@ class MixedBatchNorm(torch.autograd.Function):
                 (need_w, *need),
                 grad,
             )
-            return (None, None, None, *grads)
+            return (*head, *(None,) * len(carried), *grads)
         grad = grad.contiguous(memory_format=ctx.format)
-        dxs, dw, dgamma, dbeta = torch.ops.fastnas.mixed_batch_norm_backward(
-            grad, xs, weights, mean, var, kinds, eps, affine, gammas, betas, need[: len(xs)], need_w
+        ways = [int(n) for n in need[: len(xs)]]
+        for k in carried:
+            ways[k] *= CARRIED if ctx.alone else WRITTEN
+        dxs, dw, dgamma, dbeta, numbers = torch.ops.fastnas.mixed_batch_norm_backward(
+            grad, xs, weights, mean, var, kinds, eps, affine, gammas, betas, ways, need_w
         )
-        return (None, None, None, *pack_gradients(ctx, dxs, dw, dgamma, dbeta))
+        ours, rows = iter(dxs), iter(numbers.unbind(0))
+        dxs = [grad if way == CARRIED else next(ours) for way in ways if way]
+        found = {k: next(rows) for k, way in enumerate(ways) if way == CARRIED}
+        packed = pack_gradients(ctx, dxs, dw, dgamma, dbeta)
+        return (*head, *[found.get(k) for k in carried], *packed)
 
 
 @torch.library.register_fake("fastnas::mixed_batch_norm")
@@ -148,16 +179,17 @@ def _(
     affine: list[bool],
     gammas: list[Tensor],
     betas: list[Tensor],
-    need_xs: list[bool],
+    need_xs: list[int],
     need_weights: bool,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     tensors = (grad, weights, mean, var, *xs, *gammas, *betas)
     check_devices("mixed_batch_norm_backward", *tensors)
     like = next((x for x in xs if x.shape == grad.shape), grad)
-    dxs = [fake_like(like, grad.dtype) for need in need_xs if need]
+    dxs = [fake_like(like, grad.dtype) for need in need_xs if need == WRITTEN]
+    carried = weights.new_empty(need_xs.count(CARRIED), 4, grad.shape[1])
     dgamma = weights.new_empty(len(gammas), grad.shape[1])
     dw = torch.empty_like(weights) if need_weights else weights.new_empty(0)
-    return dxs, dw, dgamma, torch.empty_like(dgamma)
+    return dxs, dw, dgamma, torch.empty_like(dgamma), carried
 
 
 __all__ = ["BATCH", "PLAIN", "RUNNING", "MixedBatchNorm", "mixed_batch_norm"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastnas._extension import has_kernels
 from fastnas.ops import reference
+from fastnas.ops._carried import CARRIED, count_carriers, make_carriers, with_outputs
 from fastnas.ops._common import autocast_dtype, check_candidates, differentiate, memory_format
 from fastnas.ops._mixed import split_tensors, used_statistics
 from fastnas.ops._norms import Norm, gather_norms, spread, update_running_statistics
@@ -72,7 +73,7 @@ def separable_each(
     for k, norm in enumerate(norms):
         if norm is None:
             raise TypeError(f"{_OP}: expected norms[{k}] to be a BatchNorm, but got None")
-    return run_separable_each(xs, depthwise, pointwise, dilations, norms, stride, training)
+    return run_separable_each(xs, depthwise, pointwise, dilations, norms, stride, training)[0]
 
 
 def run_separable_each(
@@ -83,58 +84,80 @@ def run_separable_each(
     norms: Sequence[Norm],
     stride: int = 1,
     training: bool | None = None,
-) -> list[Tensor]:
-    """The same without the checks at the door, for callers inside; the kernels check shapes too."""
+    given: Sequence[Tensor] = (),
+    carry: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same without the checks at the door, for callers inside; the kernels check shapes too.
+
+    Returns with the outputs their carriers (``fastnas.ops._carried``), if any. ``given``: those of
+    ``xs``, or none.
+    """
     n = gather_norms(_OP, xs, norms, training)
-    *ys, mean, var = SeparableEach.apply(
-        n.kinds, n.eps, n.affine, tuple(dilations), stride, *xs, *n.gammas, *n.betas,
-        *n.running_means, *n.running_vars, *depthwise, *pointwise
+    k, carriers = len(xs), count_carriers(xs[0], len(xs), carry)
+    found = SeparableEach.apply(
+        n.kinds, n.eps, n.affine, tuple(dilations), stride, carriers, len(given), *given, *xs,
+        *n.gammas, *n.betas, *n.running_means, *n.running_vars, *depthwise, *pointwise
     )  # fmt: skip
+    mean, var = found[k], found[k + 1]
     if n.updates:
         count = xs[0].numel() // max(xs[0].shape[1], 1)
         update_running_statistics(n.updates, mean, var, count)
     dtypes = [autocast_dtype(x) for x in xs]
-    return [y if y.dtype == dtype else y.to(dtype) for y, dtype in zip(ys, dtypes, strict=True)]
+    ys = [
+        y if y.dtype == dtype else y.to(dtype) for y, dtype in zip(found[:k], dtypes, strict=True)
+    ]
+    same = all(x.dtype == y.dtype for x, y in zip(xs, ys, strict=True))
+    return ys, list(found[k + 2 :]) if same else []
 
 
 class SeparableEach(torch.autograd.Function):
     """Autograd of :func:`separable_each`; a second derivative goes through the reference.
 
-    Its arguments are kinds, eps, which norms are affine, dilations, stride, and all tensors: xs,
-    gammas, betas, running means, running variances, depthwise and pointwise weights.
+    Its arguments are kinds, eps, which norms are affine, dilations, stride, how many carriers there
+    are to be, for the outputs, and how many are given, of xs (``fastnas.ops._carried``; none, or
+    one for each), and all tensors: those, xs, gammas, betas, running means, running variances,
+    depthwise and pointwise weights.
     """
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        """The outputs, and the ``(K, C)`` means and biased variances that were used."""
+        """The outputs, the ``(K, C)`` means and biased variances that were used, and carriers."""
         # One parameter for all: without gradients, torch.compile would take the first argument for
         # ctx where there are as many arguments as parameters.
-        ctx, kinds, eps, affine, dilations, stride, *tensors = arguments
+        ctx, kinds, eps, affine, dilations, stride, carriers, given, *tensors = arguments
+        tensors = tensors[given:]
         device = tensors[0].device.type
         convolve = (torch.ops.fastnas if has_kernels(device) else reference).separable_group
         ys, mean, var = _each(convolve, kinds, eps, affine, dilations, stride, tensors)
         # Not the running statistics: a training step may move them before the backward.
         xs, gammas, betas, *_ = split_tensors(kinds, affine, tensors)
-        ctx.save_for_backward(mean, var, *xs, *gammas, *betas, *tensors[-2 * len(kinds) :])
+        weights = tensors[-2 * len(kinds) :]
+        ctx.save_for_backward(mean, var, *xs, *gammas, *betas, *weights, *ys[:carriers])
+        ctx.carriers, ctx.given, ctx.alone = carriers, given, True
         ctx.kinds, ctx.eps, ctx.affine = kinds, eps, affine
         ctx.dilations, ctx.stride = dilations, stride
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return (*ys, mean, var)
+        return (*ys, mean, var, *make_carriers(ys[0], carriers))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of xs, of the affine parameters and of the weights that ask for one."""
         mean, var, *tensors = ctx.saved_tensors
         kinds, affine, count = ctx.kinds, ctx.affine, len(ctx.kinds)
+        first = len(tensors) - ctx.carriers
+        tensors, ys = tensors[:first], tensors[first:]
         unused = (None,) * (2 * kinds.count(RUNNING))
-        need = ctx.needs_input_grad[5:]
+        front = 7 + ctx.given
+        need = ctx.needs_input_grad[front:]
         head = count + 2 * sum(affine)  # before the running statistics
         need = [*need[:head], *need[head + len(unused) :]]
         given = [g for g in grads[:count] if g is not None]
         if not given or not any(need):
             return (None,) * len(ctx.needs_input_grad)
+        numbers: list[Tensor | None] = [None] * ctx.given
         if torch.is_grad_enabled() or not has_kernels(given[0].device.type):
+            ctx.alone = False  # the derivative of what follows reads xs as well
             statistics = used_statistics(kinds, mean, var)
 
             def composite(*t: Tensor) -> list[Tensor]:
@@ -145,19 +168,27 @@ class SeparableEach(torch.autograd.Function):
 
             found = list(differentiate(composite, tensors, need, given))
         else:
+            came = grads[count + 2 :] if ctx.carriers else [None] * count
             rows = zip(
-                grads, mean.unbind(0), var.unbind(0), kinds, ctx.eps, ctx.dilations,
+                zip(grads, came, ys if ctx.carriers else came, strict=False),
+                mean.unbind(0), var.unbind(0), kinds, ctx.eps, ctx.dilations,
                 _columns(affine, tensors), _columns(affine, need), strict=False,
             )  # fmt: skip
             # Lists and loops: torch.compile stumbles over generators within generators.
-            columns = zip(*[_gradients(*row, stride=ctx.stride) for row in rows], strict=True)
+            carry = ctx.given > 0 and ctx.alone
+            columns = list(
+                zip(
+                    *[_gradients(*row, stride=ctx.stride, carry=carry) for row in rows], strict=True
+                )
+            )
+            numbers = list(columns.pop())[: ctx.given]
             every = (True,) * count
             # Without the places of affine parameters that there are not.
             present = (every, affine, affine, every, every)
             found = []
             for column, has in zip(columns, present, strict=True):
                 found += [t for t, there in zip(column, has, strict=True) if there]
-        return (*(None,) * 5, *found[:head], *unused, *found[head:])
+        return (*(None,) * 7, *numbers, *found[:head], *unused, *found[head:])
 
 
 def _columns(affine: Sequence[bool], items: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
@@ -172,7 +203,7 @@ def _columns(affine: Sequence[bool], items: Sequence[Any]) -> Iterator[tuple[Any
 
 
 def _gradients(
-    grad: Tensor | None,
+    came: tuple[Tensor | None, ...],
     mean: Tensor,
     var: Tensor,
     kind: int,
@@ -182,16 +213,23 @@ def _gradients(
     need: Sequence[bool | None],
     *,
     stride: int,
+    carry: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of one source's tensors, as many as it has; None where nobody needs one."""
+    """Gradients of one source's tensors, as many as it has, and of its carrier; None for no need.
+
+    ``came``: the gradients of its output and of that one's carrier, and the output.
+    """
+    grad, number, y = came
     if grad is None or not any(need):
-        return (None,) * 5
+        return (None,) * 6
     x, scale, shift, depthwise, pointwise = tensors
     need_x, need_scale, need_shift, need_depthwise, need_pointwise = map(bool, need)
-    dx, dws, dps, dscale, dshift = torch.ops.fastnas.separable_group_backward(
+    carried = with_outputs([number], [x if y is None else y])
+    dx, dws, dps, dscale, dshift, numbers = torch.ops.fastnas.separable_group_backward(
         [grad.contiguous(memory_format=memory_format(x))], [True], x, mean, var, kind, eps, scale,
-        shift, [depthwise], [pointwise], [dilation], stride, need_x, need_scale or need_shift,
-        [need_depthwise], [need_pointwise],
+        shift, [depthwise], [pointwise], [dilation], stride,
+        CARRIED if need_x and carry else int(need_x), need_scale or need_shift,
+        [need_depthwise], [need_pointwise], *carried,
     )  # fmt: skip
     return (
         dx if need_x else None,
@@ -199,6 +237,7 @@ def _gradients(
         dshift.view(-1).to(shift.dtype) if need_shift else None,
         dws[0] if need_depthwise else None,
         dps[0] if need_pointwise else None,
+        numbers[0] if need_x and carry else None,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnas.ops import reference
+from fastnas.ops._carried import CARRIED, count_carriers
 from fastnas.ops._common import autocast_dtype, check_devices, fake_like
 from fastnas.ops._norms import Norm
 from fastnas.ops._source import SourceConvolutions, read_norm
@@ -61,7 +62,7 @@ def separable_group(
     """
     check_depthwise(_OP, x, depthwise, dilations, stride, "depthwise")
     check_pointwise(_OP, x, depthwise, pointwise)
-    return run_separable_group(x, depthwise, pointwise, dilations, stride, norm, training)
+    return run_separable_group(x, depthwise, pointwise, dilations, stride, norm, training)[0]
 
 
 def run_separable_group(
@@ -72,17 +73,23 @@ def run_separable_group(
     stride: int = 1,
     norm: Norm | None = None,
     training: bool | None = None,
-) -> list[Tensor]:
-    """The same without the checks at the door, for callers inside; the kernels check shapes too."""
+    carry: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same without the checks at the door, for callers inside; the kernels check shapes too.
+
+    Returns with the outputs their carriers (``fastnas.ops._carried``), if any.
+    """
     dtype = autocast_dtype(x)
     n = read_norm(_OP, x, norm, training)
     if norm is None and x.dtype != dtype:
         x = x.to(dtype)
-    *ys, mean, var = SourceConvolutions.apply(
-        _OP, n.kind, n.eps, list(dilations), stride, x, *n.tensors, *depthwise, *pointwise
+    count, carriers = len(depthwise), count_carriers(x, len(depthwise), carry)
+    found = SourceConvolutions.apply(
+        _OP, n.kind, n.eps, list(dilations), stride, carriers, x, *n.tensors, *depthwise, *pointwise
     )
-    n.update(x, mean, var)
-    return [y if y.dtype == dtype else y.to(dtype) for y in ys]
+    n.update(x, found[count], found[count + 1])
+    ys = [y if y.dtype == dtype else y.to(dtype) for y in found[:count]]
+    return ys, list(found[count + 2 :]) if ys[0].dtype == found[0].dtype else []
 
 
 def check_pointwise(
@@ -152,11 +159,13 @@ def _(
     pointwise: list[Tensor],
     dilations: list[int],
     stride: int,
-    need_x: bool,
+    need_x: int,
     need_norm: bool,
     need_depthwise: list[bool],
     need_pointwise: list[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+    outputs: list[Tensor],
+    carried: list[Tensor],
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
     optional = [t for t in (gamma, beta) if t is not None]
     check_devices(f"{_OP}_backward", x, mean, var, *grads, *optional, *depthwise, *pointwise)
     dx = fake_like(x, grads[0].dtype) if need_x else grads[0].new_empty(0)
@@ -166,4 +175,5 @@ def _(
     )
     rows = int(gamma is not None and kind != PLAIN and (need_x or need_norm))
     dgamma = x.new_empty(rows, x.shape[1], dtype=reference.accumulate_dtype(grads[0].dtype))
-    return dx, ddepthwise, dpointwise, dgamma, torch.empty_like(dgamma)
+    numbers = dgamma.new_empty(int(need_x == CARRIED and kind != PLAIN), 4, x.shape[1])
+    return dx, ddepthwise, dpointwise, dgamma, torch.empty_like(dgamma), numbers
