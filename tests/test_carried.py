@@ -12,7 +12,7 @@ from ops_cases import raises
 from source_cases import NORMS, make_norm
 from torch import nn
 
-from fastnas import ops
+from fastnas import MixedOp, ops
 from fastnas.nn import source
 from fastnas.nn.source import evaluate_source, make_recipe
 from fastnas.ops.mixed_batch_norm import mix_apart
@@ -201,12 +201,9 @@ def test_layers_behind_the_convolutions_take_no_carrier(of_any_size):
     assert not carriers
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_cells_write_no_gradient_of_a_convolution(k, of_any_size, monkeypatch):
-    torch.manual_seed(0)
-    net = Supernet(8, 3, partial_channels=k).double()
-    weights = [torch.randn(14, 8, dtype=F64, requires_grad=True) for _ in range(2)]
-    images = torch.randn(2, 3, 8, 8, dtype=F64)
+@pytest.fixture
+def asked(monkeypatch):
+    """What every mixed_batch_norm is asked for each input's gradient."""
     asked = []
     backward = torch.ops.fastnas.mixed_batch_norm_backward
 
@@ -215,6 +212,31 @@ def test_cells_write_no_gradient_of_a_convolution(k, of_any_size, monkeypatch):
         return backward(*arguments)
 
     monkeypatch.setattr(torch.ops.fastnas, "mixed_batch_norm_backward", spy)
+    return asked
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mixed_op_writes_no_gradient_of_a_convolution(training, of_any_size, asked, monkeypatch):
+    torch.manual_seed(0)
+    op = MixedOp(4, 1).double().train(training)
+    x = torch.randn(2, 4, 8, 8, dtype=F64, requires_grad=True)
+    weights = torch.randn(8, dtype=F64, requires_grad=True)
+    results = []
+    for ways in ((), ("cpu",)):
+        monkeypatch.setitem(source._FASTER, "carried", ways)
+        asked.clear()
+        y = copy.deepcopy(op)(x, weights)
+        results.append(torch.autograd.grad(y, [x, weights], cases.like_output(y, 1)))
+        assert asked.count(2) == (4 if ways else 0)
+    assert_near(*results)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_cells_write_no_gradient_of_a_convolution(k, of_any_size, asked, monkeypatch):
+    torch.manual_seed(0)
+    net = Supernet(8, 3, partial_channels=k).double()
+    weights = [torch.randn(14, 8, dtype=F64, requires_grad=True) for _ in range(2)]
+    images = torch.randn(2, 3, 8, 8, dtype=F64)
     results = []
     for ways in ((), ("cpu",)):
         monkeypatch.setitem(source._FASTER, "carried", ways)

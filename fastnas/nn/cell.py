@@ -22,7 +22,7 @@ from fastnas.nn.mixed_op import MixedOp, select_weights
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.recompute import Memory, Recompute
 from fastnas.nn.repeat import Packed
-from fastnas.nn.source import Carriers, call, can_carry, evaluate_source, is_faster
+from fastnas.nn.source import Carriers, call, can_carry, evaluate_source, is_faster, take_carriers
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
 from fastnas.ops.mixed_batch_norm import mix_apart
 
@@ -231,8 +231,7 @@ def _mix(
     weights = torch.cat([arrival.weights for arrival in arrivals])
     rests = [arrival.rest for arrival in arrivals if arrival.rest is not None]
     state: State
-    found = {} if carriers is None else carriers
-    carried = {i: found.pop(id(x)) for i, x in enumerate(xs) if id(x) in found}
+    carried = take_carriers(xs, carriers)
     if k == 1:
         state = (run(mix_apart, xs, weights, norms, carried),)
     elif is_faster("parts", xs[0]):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastnas import ops
 from fastnas.nn.batch_norm import (
     FORMS,
     Form,
@@ -20,8 +19,9 @@ from fastnas.nn.batch_norm import (
     make_route,
 )
 from fastnas.nn.candidates import DARTS_PRIMITIVES, build_candidate
-from fastnas.nn.source import evaluate_source
+from fastnas.nn.source import Carriers, can_carry, evaluate_source, take_carriers
 from fastnas.ops._common import stack_weights
+from fastnas.ops.mixed_batch_norm import mix_apart
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -204,7 +204,9 @@ class MixedOp(nn.Module):
             TypeError: ``x`` or ``weights`` is of another type.
         """
         self._check(x, weights)
-        y = ops.mixed_batch_norm(*self._evaluate(x, weights))
+        carriers: Carriers | None = {} if can_carry() else None
+        xs, weights, norms = self._evaluate(x, weights, carriers)
+        y = mix_apart(xs, weights, norms, take_carriers(xs, carriers))
         if y.dtype != x.dtype and any(route.zero for route in self._plan.routes):
             # `none` would have returned x's dtype, under autocast wider than a convolution's.
             y = y.to(torch.promote_types(y.dtype, x.dtype))
@@ -237,7 +239,9 @@ class MixedOp(nn.Module):
                 f"{name}: expected {count} weights, one per candidate, but got {len(weights)}"
             )
 
-    def _evaluate(self, x: Tensor, weights: Weights) -> tuple[list[Tensor], Weights, list[Any]]:
+    def _evaluate(
+        self, x: Tensor, weights: Weights, carriers: Carriers | None = None
+    ) -> tuple[list[Tensor], Weights, list[Any]]:
         """Run the candidates up to their BatchNorms; give what enters the fused op."""
         routes = self._routes()
         used = [k for k, route in enumerate(routes) if not route.zero]
@@ -248,7 +252,7 @@ class MixedOp(nn.Module):
                 return [_zeros_like_output(routes, x)], [0.0], [None]
         if not used:  # nothing but `none`: one of them has to say the shape
             used = [0]
-        (xs,) = evaluate_source(x, [[routes[k].recipe for k in used]])
+        (xs,) = evaluate_source(x, [[routes[k].recipe for k in used]], carriers=carriers)
         if len(used) < len(routes):
             weights = select_weights(weights, used)
         return xs, weights, [routes[k].norm for k in used]

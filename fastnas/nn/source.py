@@ -27,7 +27,15 @@ from fastnas.nn.halves import SharedHalves, TwoHalves, picked_pixels
 from fastnas.nn.pool import AVERAGE_POOLS
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
 
-__all__ = ["Recipe", "evaluate_source", "is_faster", "make_recipe"]
+__all__ = [
+    "Carriers",
+    "Recipe",
+    "can_carry",
+    "evaluate_source",
+    "is_faster",
+    "make_recipe",
+    "take_carriers",
+]
 
 Layer = Callable[[Tensor], Tensor]
 #: How a layer is called with its inputs.
@@ -162,6 +170,12 @@ def is_faster(way: str, x: Tensor) -> bool:
 def can_carry() -> bool:
     """Whether gradients can be made where they are read: torch.compile does not know which come."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def take_carriers(xs: Sequence[Tensor], carriers: Carriers | None) -> Carriers:
+    """Take those of ``xs`` out of ``carriers``, by their number."""
+    found = {} if carriers is None else carriers
+    return {i: found.pop(id(x)) for i, x in enumerate(xs) if id(x) in found}
 
 
 def _carries(x: Tensor) -> bool:
