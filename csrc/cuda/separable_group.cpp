@@ -41,8 +41,8 @@ struct Gradients {
   std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor,
              at::Tensor>
   tuple() const {
-    return {dx, ddepthwise, dpointwise, dgamma, dbeta,
-            at::empty({0, 4, dgamma.size(1)}, dgamma.options())};
+    return {dx,     ddepthwise, dpointwise,
+            dgamma, dbeta,      at::empty({0, 4, dgamma.size(1)}, dgamma.options())};
   }
 };
 
