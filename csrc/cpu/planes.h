@@ -30,6 +30,11 @@ struct PlaneKernels {
   void (*pack)(const Planes& shape, const T* x, int64_t plane, int64_t row0, int64_t rows,
                acc_t* to, int64_t pitch, bool relu, T* scratch);
 
+  // As pack without a gap and of a g + b (y - centre) + c; a, b, centre and c are vectors that follow each other in
+  // `carried`. buffer: as large as `to`.
+  void (*pack_carried)(const Planes& shape, const T* g, const T* y, int64_t plane, int64_t row0,
+                       int64_t rows, acc_t* to, const acc_t* carried, acc_t* buffer, T* scratch);
+
   // The reverse, from rows without a gap between them. scratch: rows * W * L values.
   void (*unpack)(const Planes& shape, const acc_t* from, int64_t plane, int64_t row0, int64_t rows,
                  T* y, T* scratch);
@@ -59,9 +64,6 @@ struct PlaneKernels {
   // sums += sum over n pixels of g x^T, in the layout that w has there.
   void (*outer)(const acc_t* g, int64_t g_group, int64_t outputs, const acc_t* x, int64_t x_group,
                 int64_t C, acc_t* sums, int64_t n);
-
-  // g = a g + b (y - centre) + c over n pixels; a, b, centre and c are vectors that follow each other in `carried`.
-  void (*carry)(acc_t* g, const acc_t* y, int64_t n, const acc_t* carried);
 
   // dx = 0 where x (rectified) is 0, over rows x n pixels without a gap in dx.
   void (*mask)(acc_t* dx, const acc_t* x, int64_t x_row, int64_t rows, int64_t n);

@@ -93,16 +93,6 @@ void normalise(A* x, int64_t x_row, int64_t rows, int64_t n, const A* scale, con
 }
 
 template <typename A>
-void carry(A* g, const A* y, int64_t n, const A* carried) {
-  using Ln = Lane<A>;
-  constexpr int L = Ln::kLanes;
-  const typename Ln::V a = Ln::load(carried), b = Ln::load(carried + L);
-  const typename Ln::V centre = Ln::load(carried + 2 * L), c = Ln::load(carried + 3 * L);
-  for (int64_t i = 0; i < n * L; i += L)
-    Ln::store(g + i, a * Ln::load(g + i) + (b * (Ln::load(y + i) - centre) + c));
-}
-
-template <typename A>
 void mask(A* dx, const A* x, int64_t x_row, int64_t rows, int64_t n) {
   using Ln = Lane<A>;
   using V = typename Ln::V;
@@ -282,6 +272,34 @@ void pack(const Planes& s, const T* x, int64_t plane, int64_t row0, int64_t rows
   run(pack_columns<T, 1>);
 }
 
+// n pixels of g and y that are `step` elements apart.
+template <typename T>
+inline void carry(const T* g, const T* y, int64_t step, int64_t n, acc_type<T>* to,
+                  const acc_type<T>* carried) {
+  using Ln = Lane<T>;
+  using A = Lane<acc_type<T>>;
+  constexpr int L = A::kLanes;
+  const typename A::V a = A::load(carried), b = A::load(carried + L);
+  const typename A::V centre = A::load(carried + 2 * L), c = A::load(carried + 3 * L);
+  for (int64_t i = 0; i < n; ++i, g += step, y += step, to += L)
+    A::store(to, a * Ln::load(g) + (b * (Ln::load(y) - centre) + c));
+}
+
+template <typename T>
+void pack_carried(const Planes& s, const T* g, const T* y, int64_t plane, int64_t row0,
+                  int64_t rows, acc_type<T>* to, const acc_type<T>* carried, acc_type<T>* buffer,
+                  T* scratch) {
+  using A = acc_type<T>;
+  constexpr int L = Lane<T>::kLanes;
+  if (s.columns && s.C % L == 0) {  // a pixel is a vector in memory
+    const int64_t n = plane / s.C, from = (n * s.H + row0) * s.W * s.C + plane - n * s.C;
+    return carry<T>(g + from, y + from, s.C, rows * s.W, to, carried);
+  }
+  pack<T>(s, g, plane, row0, rows, to, s.W, false, scratch);
+  pack<T>(s, y, plane, row0, rows, buffer, s.W, false, scratch);
+  carry<A>(to, buffer, L, rows * s.W, to, carried);
+}
+
 template <typename T>
 void unpack(const Planes& s, const acc_type<T>* from, int64_t plane, int64_t row0, int64_t rows,
             T* y, T* scratch) {
@@ -300,12 +318,12 @@ template <typename T>
 constexpr PlaneKernels<T> kPlaneKernels = {
     Lane<T>::kLanes,
     pack<T>,
+    pack_carried<T>,
     unpack<T>,
     {convolve<acc_type<T>, 1>, convolve<acc_type<T>, 2>},
     {correlate<acc_type<T>, 1>, correlate<acc_type<T>, 2>},
     normalise<acc_type<T>>,
     multiply<acc_type<T>>,
     outer<acc_type<T>>,
-    carry<acc_type<T>>,
     mask<acc_type<T>>,
 };

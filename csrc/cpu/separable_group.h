@@ -51,7 +51,7 @@ class Separable : Depthwise<T> {
     });
   }
 
-  // An output and the numbers that make its gradient of what is given as such (mixed_batch_norm.h), (4, channels); null
+  // An output and the numbers that make its gradient of what is given as such (check.h), (4, channels); null
   // where a gradient is given.
   struct Carried {
     const T* output = nullptr;
@@ -227,17 +227,23 @@ class Separable : Depthwise<T> {
     const int64_t ow = group_.ow, count = rows.last - rows.first;
     for (int64_t q = 0; q < groups_; ++q) {
       acc_t* to = b.g.data() + q * gradient_size();
-      this->pack(output_, g, unit(block, q), rows.first, count, to, ow, false, b.scratch);
-      if (!y) continue;
-      this->pack(output_, y, unit(block, q), rows.first, count, b.y.data(), ow, false, b.scratch);
-      const int64_t images = output_.planes - block / slabs_ * L_;
-      if (group_.C >= L_ || images >= L_) {
-        kernels_.carry(to, b.y.data(), count * ow, carried.data() + q * 4 * L_);
+      if (!y) {
+        this->pack(output_, g, unit(block, q), rows.first, count, to, ow, false, b.scratch);
         continue;
       }
-      Vector some(carried);  // lanes behind the last image stay zero
-      for (int64_t j = 0; j < 4; ++j) std::fill_n(some.data() + j * L_ + images, L_ - images, 0);
-      kernels_.carry(to, b.y.data(), count * ow, some.data());
+      const auto [planes, plane, offset] = this->place(output_, unit(block, q));
+      const auto run = [&](const acc_t* numbers) {
+        kernels_.pack_carried(planes, g + offset, y + offset, plane, rows.first, count, to, numbers,
+                              b.y.data(), b.scratch.data());
+      };
+      if (planes.planes - plane >= L_) {
+        run(carried.data() + q * 4 * L_);
+        continue;
+      }
+      Vector some(carried.begin() + q * 4 * L_, carried.begin() + (q + 1) * 4 * L_);
+      for (int64_t j = 0; j < 4; ++j)  // lanes behind the last plane stay zero
+        std::fill_n(some.data() + j * L_ + planes.planes - plane, L_ - planes.planes + plane, 0);
+      run(some.data());
     }
     return rows;
   }
