@@ -17,10 +17,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm(
     at::TensorList xs, const at::Tensor& weights, at::IntArrayRef kinds, at::ArrayRef<double> eps,
     at::IntArrayRef affine, at::TensorList gammas, at::TensorList betas,
     at::TensorList running_means, at::TensorList running_vars);
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm_backward(
-    const at::Tensor& grad, at::TensorList xs, const at::Tensor& weights, const at::Tensor& mean,
-    const at::Tensor& var, at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
-    at::TensorList gammas, at::TensorList betas, at::IntArrayRef need_xs, bool need_weights);
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+mixed_batch_norm_backward(const at::Tensor& grad, at::TensorList xs, const at::Tensor& weights,
+                          const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef kinds,
+                          at::ArrayRef<double> eps, at::IntArrayRef affine, at::TensorList gammas,
+                          at::TensorList betas, at::IntArrayRef need_xs, bool need_weights);
 std::vector<at::Tensor> depthwise_group(const at::Tensor& x, at::TensorList weights,
                                         at::IntArrayRef dilations, int64_t stride, bool relu);
 std::tuple<at::Tensor, std::vector<at::Tensor>> depthwise_group_backward(
@@ -77,7 +78,7 @@ batch_norm_depthwise_backward(at::TensorList grads, at::IntArrayRef present, con
   const at::Tensor none = at::empty({0}, w.options());
   const auto no_rows = [&] { return at::empty({0, x.size(1)}, w.options()); };
   if (!need_source) return {none, dws, no_rows(), no_rows()};
-  const auto [dxs, dw, dgamma, dbeta] =
+  const auto [dxs, dw, dgamma, dbeta, carried] =
       mixed_batch_norm_backward(dh, {x}, w, mean.view({1, -1}), var.view({1, -1}), {kind}, {eps},
                                 {affine}, given(gamma), given(beta), {need_x}, false);
   return {need_x ? dxs[0] : none, dws, dgamma, dbeta};
