@@ -226,7 +226,7 @@ def test_outputs_share_no_memory(simt):
     seen = 0
     with cuda_kernels(simt):
         for name, op, arguments in samples("cpu"):
-            if not has_cuda_kernels(op):
+            if not has_cuda_kernels(op) or name.endswith("carried"):  # for the CPU alone
                 continue
             outputs = getattr(torch.ops.fastnas, op)(*arguments)
             storages = [
