@@ -145,9 +145,8 @@ def build_ext_command() -> type:
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            if (
-                self.editable_mode
-            ):  # not a temporary folder: what has not changed is not built again
+            if self.editable_mode:
+                # Not a temporary folder: what has not changed is not built again.
                 self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
         def build_extensions(self) -> None:

@@ -219,8 +219,7 @@ inline std::vector<at::Tensor> as_operands(at::TensorList xs, at::ScalarType dty
 enum Need : int64_t { kNone = 0, kWritten = 1, kCarried = 2 };
 
 inline void check_written(const char* op, int64_t need) {
-  TORCH_CHECK_VALUE(need != kCarried, op, ": expected gradients to be asked for that are written, ",
-                    "others are for the CPU");
+  TORCH_CHECK_VALUE(need != kCarried, op, ": carried gradients are for the CPU alone");
 }
 
 }  // namespace fastnas

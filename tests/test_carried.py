@@ -142,10 +142,10 @@ def test_the_second_derivative():
     node = Node(2, (3, 3), images=2)
     second = []
     for carry in (False, True):
-        first = node.gradients(carry, create_graph=True)
-        total = sum(g.square().sum() for g in first)
-        leaves = [t for t in node.leaves() if t.requires_grad]
-        second.append(torch.autograd.grad(total, leaves, allow_unused=True))
+        y, leaves = node.run(carry), [t for t in node.leaves() if t.requires_grad]
+        first = torch.autograd.grad(y, leaves, cases.like_output(y, 1), create_graph=True)
+        total = sum(g.square().sum() for g in first) + y.pow(3).sum()  # once more through the node
+        second.append(torch.autograd.grad(total, leaves))
     assert_near(*second)
 
 
@@ -159,7 +159,7 @@ def test_the_numbers_are_what_the_gradient_is_made_of(kind):
     backward = torch.ops.fastnas.mixed_batch_norm_backward
     (expected,), *others, none = backward(*head, *affine, [1], True)
     written, *found, numbers = backward(*head, *affine, [2], True)
-    assert not written and none.shape == (0, 3 + 1, 3) and numbers.shape == (1, 4, 3)
+    assert not written and none.shape == (0, 4, 3) and numbers.shape == (1, 4, 3)
     a, b, centre, c = numbers[0][:, :, None, None].unbind(0)
     assert_near([a * g + b * (x - centre) + c, *found], [expected, *others])
 
@@ -203,15 +203,23 @@ def test_layers_behind_the_convolutions_take_no_carrier(of_any_size):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What every mixed_batch_norm is asked for each input's gradient."""
+    """What every sum and every convolution behind a norm is asked for each input's gradient."""
     asked = []
-    backward = torch.ops.fastnas.mixed_batch_norm_backward
+    mix, convolve = (
+        getattr(torch.ops.fastnas, f"{op}_backward")
+        for op in ("mixed_batch_norm", "separable_group")
+    )
 
-    def spy(*arguments):
-        asked.extend(arguments[10])
-        return backward(*arguments)
+    def spy_on_sums(*arguments):
+        asked.extend(("sum", way) for way in arguments[10])
+        return mix(*arguments)
 
-    monkeypatch.setattr(torch.ops.fastnas, "mixed_batch_norm_backward", spy)
+    def spy_on_convolutions(*arguments):
+        asked.append(("convolution", arguments[13]))
+        return convolve(*arguments)
+
+    monkeypatch.setattr(torch.ops.fastnas, "mixed_batch_norm_backward", spy_on_sums)
+    monkeypatch.setattr(torch.ops.fastnas, "separable_group_backward", spy_on_convolutions)
     return asked
 
 
@@ -227,7 +235,8 @@ def test_a_mixed_op_writes_no_gradient_of_a_convolution(training, of_any_size, a
         asked.clear()
         y = copy.deepcopy(op)(x, weights)
         results.append(torch.autograd.grad(y, [x, weights], cases.like_output(y, 1)))
-        assert asked.count(2) == (4 if ways else 0)
+        assert asked.count(("sum", 2)) == (4 if ways else 0)
+        assert asked.count(("convolution", 2)) == (2 if ways else 0)
     assert_near(*results)
 
 
@@ -246,7 +255,8 @@ def test_cells_write_no_gradient_of_a_convolution(k, of_any_size, asked, monkeyp
         loss = twin(images, cells).square().sum()
         leaves = [*weights, *twin.parameters()]
         results.append(torch.autograd.grad(loss, leaves, allow_unused=True))
-        assert asked.count(2) == (3 * 14 * 4 if ways else 0)
+        assert asked.count(("sum", 2)) == (3 * 14 * 4 if ways else 0)
+        assert asked.count(("convolution", 2)) == (3 * 14 * 2 if ways else 0)
     assert_near(*results)
 
 

@@ -108,6 +108,6 @@ class NormConvolutions:
 
 def _weight(conv: nn.Conv2d) -> Tensor:
     """``conv.weight``, read where a plain convolution keeps it: attributes of modules are slow."""
-    # A parametrization that was registered since the recipe was made changes the class.
-    weight = conv._parameters.get("weight") if type(conv) is nn.Conv2d else None
+    # A parametrization that was registered since the recipe was made takes it from there.
+    weight = conv._parameters.get("weight")
     return conv.weight if weight is None else weight

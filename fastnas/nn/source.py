@@ -114,7 +114,8 @@ def evaluate_source(
         edges: for each edge the recipes of its candidates.
         run: how a layer is called with its inputs (``fastnas.nn.recompute`` has another way).
         carriers: takes those of the results that have one (``fastnas.ops._carried``). None where
-            the caller does not want them, or reads a result more than once.
+            the caller does not want them, or has a ``run`` of its own, or reads a result more than
+            once.
 
     Returns:
         For each edge what its candidates return, in their order; some may be the same tensor.
