@@ -277,7 +277,8 @@ def test_workers_leave_signals_to_the_main_process():
 def _live_on(ready):
     outlive_signals(0)
     ready.set()
-    time.sleep(30)
+    for _ in range(300):  # a signal that comes just before a sleep is seen only after it
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(("ending", "code"), [(1, 0), (0, -signal.SIGALRM)])

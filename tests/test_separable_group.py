@@ -79,6 +79,12 @@ def test_several_convolutions_in_every_dtype(dtype, channels, layout, kind, devi
     check_against_torch(run, stock, x, norm, weights, dilations, 1, tolerances)
 
 
+def test_more_images_than_tasks(tolerances):
+    """A task has several of them then, and folds its sums more than once."""
+    x, weights, dilations = make_case((300, 8, 32, 20), dtype=torch.float64)
+    check_against_torch(run, stock, x, None, weights, dilations, 1, tolerances)
+
+
 @pytest.mark.parametrize("layout", cases.VIEWS)
 def test_any_view(layout, device, tolerances):
     x, weights, dilations = make_case((2, 6, 7, 5), layout=layout, device=device)
