@@ -22,6 +22,12 @@ TORCH_LIBRARY(fastnas, m) {
       "need_weights) "
       "-> (Tensor[], Tensor, Tensor, Tensor, Tensor)");
 
+  // Row rows[i] of mean and (biased) var, statistics of count values a channel, goes into the i-th running ones.
+  m.def(
+      "update_running_statistics(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, "
+      "Tensor(c!)[] counters, Tensor mean, Tensor var, int[] rows, float[] momenta, SymInt "
+      "count) -> ()");
+
   // weights (T, K); the sum of each row, norms as in mixed_batch_norm. Without norms mean and var are empty.
   m.def(
       "multi_target_sum(Tensor[] xs, Tensor weights, int[] kinds, float[] eps, int[] affine, "

@@ -99,6 +99,7 @@ def samples(device):
     yield from relu_samples(device)
     yield from norm_depthwise_samples(device)
     yield from separable_samples(device)
+    yield from statistics_samples(device)
 
 
 def target_samples(device):
@@ -262,3 +263,19 @@ def separable_samples(device):
         yield "empty", "separable_group", (empty, 1, 0.1, var, mean, None, None, *tail)
         first = ([empty], [1], empty, mean, var, 1, 0.1, var, mean, *tail)
         yield "empty", "separable_group_backward", (*first, True, True, [1], [1], [], [])
+
+
+def statistics_samples(device):
+    """Arguments of update_running_statistics: norms with and without counters, an empty batch."""
+    for name, dtype, momentum in (("float32", F32, 0.1), ("float64", torch.float64, 0.7)):
+        mean, var = (torch.rand(4, 3, dtype=dtype, device=device) for _ in range(2))
+        means = [
+            torch.zeros(3, dtype=dtype, device=device),
+            torch.zeros(6, dtype=dtype, device=device)[::2],
+        ]
+        variances = [torch.ones(3, dtype=dtype, device=device) for _ in range(2)]
+        counters = [torch.tensor(4, device=device)]
+        tail = (counters, mean, var, [3, 1], [momentum, 0.2])
+        yield name, "update_running_statistics", (means, variances, *tail, 60)
+    yield "uncounted", "update_running_statistics", (means, variances, [], *tail[1:], 2)
+    yield "empty", "update_running_statistics", (means, variances, *tail, 0)

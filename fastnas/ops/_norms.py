@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastnas.ops._common import check_devices
 from fastnas.ops.reference import BATCH, PLAIN, RUNNING
 
 
@@ -25,14 +26,17 @@ class Norm(Protocol):
     training: bool
 
 
-class Update(NamedTuple):
-    """Row k of the statistics goes into these running ones."""
+class Updates(NamedTuple):
+    """Rows of the statistics, and the running ones they go into: one entry each per norm.
 
-    k: int
-    mean: Tensor
-    var: Tensor
-    counter: Tensor | None
-    momentum: float | None
+    In columns: a thousand small tuples a step, made and taken apart, add up.
+    """
+
+    rows: list[int]
+    means: list[Tensor]
+    vars: list[Tensor]
+    counters: list[Tensor | None]
+    momenta: list[float | None]
 
 
 class NormArguments(NamedTuple):
@@ -45,7 +49,7 @@ class NormArguments(NamedTuple):
     betas: list[Tensor]
     running_means: list[Tensor]
     running_vars: list[Tensor]
-    updates: list[Update]
+    updates: Updates | None
 
 
 _TORCH_NORMS: frozenset[type] = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
@@ -96,8 +100,12 @@ def gather_norms(
         raise ValueError(f"{op}: expected inputs of shape (N, C, ...), but got {list(xs[0].shape)}")
     channels, device = xs[0].shape[1], xs[0].device
     shape = (channels,)
-    out = NormArguments((), (), (), [], [], [], [], [])
     kinds, eps, affine = [], [], []
+    gammas: list[Tensor] = []
+    betas: list[Tensor] = []
+    running_means: list[Tensor] = []
+    running_vars: list[Tensor] = []
+    updates = Updates([], [], [], [], [])
     for k, norm in enumerate(norms):
         if norm is None:
             kinds.append(PLAIN)
@@ -132,26 +140,39 @@ def gather_norms(
             kinds.append(BATCH)
             if train and mean is not None and getattr(norm, "track_running_stats", True):
                 assert var is not None  # as checked
-                out.updates.append(Update(k, mean, var, counter, norm.momentum))
+                updates.rows.append(k)
+                updates.means.append(mean)
+                updates.vars.append(var)
+                updates.counters.append(counter)
+                updates.momenta.append(norm.momentum)
         else:
             kinds.append(RUNNING)
-            out.running_means.append(mean)
-            out.running_vars.append(var)
+            running_means.append(mean)
+            running_vars.append(var)
         eps.append(norm.eps)
         affine.append(weight is not None or bias is not None)
         if weight is not None:
-            out.gammas.append(weight)
-            out.betas.append(torch.zeros_like(weight) if bias is None else bias)
+            gammas.append(weight)
+            betas.append(torch.zeros_like(weight) if bias is None else bias)
         elif bias is not None:
-            out.gammas.append(torch.ones_like(bias))
-            out.betas.append(bias)
+            gammas.append(torch.ones_like(bias))
+            betas.append(bias)
     count = xs[0].numel() // max(channels, 1)
     if count == 1 and BATCH in kinds:
         raise ValueError(
             f"{op}: expected more than 1 value per channel when training, but got "
             f"{list(xs[0].shape)}"
         )
-    return out._replace(kinds=tuple(kinds), eps=tuple(eps), affine=tuple(affine))
+    return NormArguments(
+        tuple(kinds),
+        tuple(eps),
+        tuple(affine),
+        gammas,
+        betas,
+        running_means,
+        running_vars,
+        updates if updates.rows else None,
+    )
 
 
 def spread(affine: Sequence[bool], present: Sequence[Tensor]) -> list[Tensor | None]:
@@ -162,52 +183,87 @@ def spread(affine: Sequence[bool], present: Sequence[Tensor]) -> list[Tensor | N
 
 @torch.no_grad()
 def update_running_statistics(
-    updates: Sequence[Update], mean: Tensor, var: Tensor, count: int
+    updates: Updates | None, mean: Tensor, var: Tensor, count: int
 ) -> None:
     """Move running statistics and counters as one BatchNorm step does.
 
     Args:
-        updates: those of the norms that are in training and keep statistics.
+        updates: those of the norms that are in training and keep statistics, if any.
         mean: ``(K, C)`` batch means.
         var: ``(K, C)`` biased batch variances; the running one takes the unbiased.
         count: values per channel.
     """
-    if not updates:
+    if updates is None:
         return
-    if len({id(u.mean) for u in updates}) < len(updates):
-        # One norm of several candidates: its steps build on each other.
-        for u in updates:
-            _update([u], mean, var, count)
-    else:
-        _update(updates, mean, var, count)
+    distinct = len(set(map(id, updates.means))) == len(updates.means)
+    if distinct and _update_plain(updates, mean, var, count):
+        return
+    # One norm of several candidates: its steps build on each other. And on a CPU others in the call
+    # do not decide how a norm is moved, nor the last bit of its statistics.
+    alone = mean.is_cpu or not distinct
+    for part in _one_by_one(updates) if alone else (updates,):
+        if not _update_plain(part, mean, var, count):
+            _update(part, mean, var, count)
 
 
-def _update(updates: Sequence[Update], mean: Tensor, var: Tensor, count: int) -> None:
-    """The same for norms that are all different."""
-    # Column by column: attributes of a thousand small tuples add up.
-    rows, running_means, running_vars, counters, momenta = zip(*updates, strict=True)
+def _one_by_one(updates: Updates) -> Iterator[Updates]:
+    for k, running_mean, running_var, counter, momentum in zip(*updates, strict=True):
+        yield Updates([k], [running_mean], [running_var], [counter], [momentum])
+
+
+def _update_plain(updates: Updates, mean: Tensor, var: Tensor, count: int) -> bool:
+    """The same by the kernel, where all is as it serves it; False if nothing was done."""
+    rows, means, variances, counters, momenta = updates
+    if not mean.is_cpu or None in momenta:
+        return False
+    if {t.dtype for t in means + variances} != {mean.dtype}:
+        return False
+    counted = [counter for counter in counters if counter is not None]
+    if not all(c.is_cpu and c.dtype == torch.int64 for c in counted):
+        return False
+    torch.ops.fastnas.update_running_statistics(
+        means, variances, counted, mean, var, rows, momenta, count
+    )
+    return True
+
+
+def _update(updates: Updates, mean: Tensor, var: Tensor, count: int) -> None:
+    """The same by PyTorch's operations, for norms that are all different."""
+    rows, means, variances, counters, momenta = updates
     counted = [counter for counter in counters if counter is not None]
     if counted:
         torch._foreach_add_(counted, 1)
     if count == 0:  # an empty batch is counted, and leaves no statistics
         return
-    means, variances = mean.unbind(0), (var * (count / (count - 1))).unbind(0)
-    momentum, alike = momenta[0], momenta.count(momenta[0]) == len(momenta)
-    if momentum is not None and alike and {m.dtype for m in running_means} == {mean.dtype}:
-        torch._foreach_lerp_(
-            running_means + running_vars,
-            [means[k] for k in rows] + [variances[k] for k in rows],
-            momentum,
-        )
+    every, unbiased, momentum = means + variances, var * (count / (count - 1)), momenta[0]
+    alike = momenta.count(momentum) == len(momenta) and {t.dtype for t in every} == {mean.dtype}
+    if momentum is not None and alike:
+        news = [m.unbind(0) for m in (mean, unbiased)]
+        torch._foreach_lerp_(every, [new[k] for new in news for k in rows], momentum)
         return
-    for u in updates:
-        for running, new in ((u.mean, means[u.k]), (u.var, variances[u.k])):
-            factor: Any = u.momentum
-            if factor is None and u.counter is None:
+    for k, running_mean, running_var, counter, momentum in zip(*updates, strict=True):
+        for running, new in ((running_mean, mean[k]), (running_var, unbiased[k])):
+            factor: Any = momentum
+            if factor is None and counter is None:
                 continue  # torch takes a factor of 0 for a cumulative average without a counter
             if factor is None:
                 # A cumulative average: the factor stays a tensor, reading it would wait for the
                 # device.
-                assert u.counter is not None
-                factor = u.counter.to(running.dtype).reciprocal()
+                assert counter is not None
+                factor = counter.to(running.dtype).reciprocal()
             running.lerp_(new.to(running.dtype), factor)
+
+
+@torch.library.register_fake("fastnas::update_running_statistics")
+def _(
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    counters: list[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    rows: list[int],
+    momenta: list[float],
+    count: int,
+) -> None:
+    tensors = (*running_means, *running_vars, *counters, var)
+    check_devices("update_running_statistics", mean, *tensors)

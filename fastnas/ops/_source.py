@@ -17,7 +17,7 @@ from fastnas._extension import has_kernels
 from fastnas.ops import reference
 from fastnas.ops._carried import make_carriers, with_outputs
 from fastnas.ops._common import differentiate, memory_format
-from fastnas.ops._norms import Norm, Update, gather_norms, update_running_statistics
+from fastnas.ops._norms import Norm, Updates, gather_norms, update_running_statistics
 from fastnas.ops.reference import PLAIN, RUNNING
 
 
@@ -28,7 +28,7 @@ class SourceNorm(NamedTuple):
     eps: float
     #: gamma, beta, running mean and running variance; None for what it has not.
     tensors: list[Tensor | None]
-    updates: Sequence[Update]
+    updates: Updates | None
 
     def update(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
         """Move the running statistics as calling the norm would have."""
@@ -40,7 +40,7 @@ class SourceNorm(NamedTuple):
 def read_norm(op: str, x: Tensor, norm: Norm | None, training: bool | None) -> SourceNorm:
     """Read ``norm`` as ``BatchNorm2d.forward`` would."""
     if norm is None:
-        return SourceNorm(PLAIN, 0.0, [None] * 4, ())
+        return SourceNorm(PLAIN, 0.0, [None] * 4, None)
     n = gather_norms(op, [x], [norm], training, "norm")
     tensors = [(items[0] if items else None) for items in n[3:7]]
     return SourceNorm(n.kinds[0], n.eps[0], tensors, n.updates)
