@@ -86,7 +86,8 @@ void parallel_tasks(int64_t tasks, int64_t grain, F&& f) {
 class TaskSums {
  public:
   TaskSums(int64_t tasks, int64_t row)
-      : tasks_(tasks), row_(row), sums_(std::make_unique_for_overwrite<double[]>(tasks * row)) {}
+      // Not zeroed; std::make_unique_for_overwrite is of C++20, and PyTorch 2.11 compiles as C++17.
+      : tasks_(tasks), row_(row), sums_(new double[tasks * row]) {}
 
   // Sets the row of a task, or adds to what it has; and sets `from` back to zeros.
   template <typename A>
