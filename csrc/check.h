@@ -219,7 +219,34 @@ inline std::vector<at::Tensor> as_operands(at::TensorList xs, at::ScalarType dty
 enum Need : int64_t { kNone = 0, kWritten = 1, kCarried = 2 };
 
 inline void check_written(const char* op, int64_t need) {
-  TORCH_CHECK_VALUE(need != kCarried, op, ": carried gradients are for the CPU alone");
+  TORCH_CHECK_VALUE(need != kCarried, op,
+                    ": carried statistics and gradients are for the CPU alone");
+}
+
+// What comes with inputs from those who made them: (4, C), of which the first two rows are mean and biased variance of
+// the input's channels. Empty for inputs that come alone, no list where all do.
+inline void check_carriers(const char* op, at::TensorList xs, at::TensorList carriers) {
+  TORCH_CHECK_VALUE(carriers.empty() || carriers.size() == xs.size(), op,
+                    ": expected as many carriers as inputs (", xs.size(), ") or none, but got ",
+                    carriers.size());
+  for (size_t k = 0; k < carriers.size(); ++k)
+    TORCH_CHECK_VALUE(
+        carriers[k].numel() == 0 || (carriers[k].sizes() == at::IntArrayRef({4, xs[k].size(1)}) &&
+                                     carriers[k].device() == xs[k].device()),
+        op, ": expected carriers[", k, "] of shape [4, ", xs[k].size(1), "] on ", xs[k].device(),
+        ", or empty, but got ", carriers[k].sizes(), " on ", carriers[k].device());
+}
+
+// Whether outputs of this dtype can have carriers: what is rounded afterwards has other statistics.
+inline void check_carries(const char* op, bool carry, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(!carry || x.scalar_type() == accumulate_dtype(x.scalar_type()), op,
+                    ": expected float32 or float64 for outputs with carriers, but got ",
+                    x.scalar_type());
+}
+
+inline void check_no_carriers(const char* op, at::TensorList carriers, bool carry = false) {
+  for (const at::Tensor& c : carriers) carry = carry || c.numel() > 0;
+  check_written(op, carry ? kCarried : kNone);
 }
 
 }  // namespace fastnas

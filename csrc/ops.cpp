@@ -13,8 +13,8 @@ TORCH_LIBRARY(fastnas, m) {
   // kinds[k]: 0 plain, 1 normalised by the statistics of the batch, 2 by running ones.
   m.def(
       "mixed_batch_norm(Tensor[] xs, Tensor weights, int[] kinds, float[] eps, int[] affine, "
-      "Tensor[] gammas, "
-      "Tensor[] betas, Tensor[] running_means, Tensor[] running_vars) -> (Tensor, Tensor, Tensor)");
+      "Tensor[] gammas, Tensor[] betas, Tensor[] running_means, Tensor[] running_vars, Tensor[] "
+      "carriers) -> (Tensor, Tensor, Tensor)");
   m.def(
       "mixed_batch_norm_backward(Tensor grad, Tensor[] xs, Tensor weights, Tensor mean, Tensor "
       "var, int[] kinds, "
@@ -104,7 +104,7 @@ TORCH_LIBRARY(fastnas, m) {
   m.def(
       "separable_group(Tensor x, int kind, float eps, Tensor? gamma, Tensor? beta, Tensor? "
       "running_mean, Tensor? running_var, Tensor[] depthwise, Tensor[] pointwise, int[] dilations, "
-      "int stride) -> (Tensor[], Tensor, Tensor)");
+      "int stride, Tensor? carrier, bool carry) -> (Tensor[], Tensor, Tensor, Tensor[])");
   m.def(
       "separable_group_backward(Tensor[] grads, int[] present, Tensor x, Tensor mean, Tensor var, "
       "int kind, float eps, Tensor? gamma, Tensor? beta, Tensor[] depthwise, Tensor[] pointwise, "
@@ -113,7 +113,7 @@ TORCH_LIBRARY(fastnas, m) {
       "Tensor, Tensor)");
 
   // 3x3, padding 1: the maximum, and the average of what is inside the image. x may be empty without grad_max.
-  m.def("pool_pair(Tensor x, int stride) -> (Tensor, Tensor)");
+  m.def("pool_pair(Tensor x, int stride, bool carry) -> (Tensor, Tensor, Tensor[])");
   m.def(
       "pool_pair_backward(Tensor? grad_max, Tensor? grad_avg, Tensor x, int[] size, int stride) -> "
       "Tensor");

@@ -37,7 +37,11 @@ def samples(device):
             name = f"{'-'.join(layouts)}-{'-'.join(map(cases.ids, dtypes))}"
             yield name, "mixed_sum", (xs, w4)
             yield name, "mixed_sum_backward", (grad, xs, w4, [1, 0, 1, 1], True)
-            yield name, "mixed_batch_norm", (xs, w4, *norm_tail(3, device))
+            yield name, "mixed_batch_norm", (xs, w4, *norm_tail(3, device), [])
+            if device == "cpu":  # the statistics of the first are known
+                carriers = [c3, *[c3[:0]] * 3]
+                arguments = (xs, w4, *norm_tail(3, device), carriers)
+                yield f"{name}-carried", "mixed_batch_norm", arguments
             tail = norm_tail(3, device, running=False)
             yield (
                 name,
@@ -74,7 +78,7 @@ def samples(device):
     yield "unneeded", "partial_channel_mix_backward", (*arguments, False, [0] * 4, False)
     empty = tensors(4, (0, 3, 4, 5), device, layouts=both)
     yield "empty", "mixed_sum", (empty, w4)
-    yield "empty", "mixed_batch_norm", (empty, w4, *norm_tail(3, device))
+    yield "empty", "mixed_batch_norm", (empty, w4, *norm_tail(3, device), [])
     logits, counts = torch.randn(3, 4, device=device), torch.tensor([4, 0, 2], device=device)
     yield "one", "sample_paths", (logits, None, 1, 2, False)
     yield "two", "sample_paths", (logits.bfloat16(), counts, -1, 2**40, True)
@@ -180,12 +184,14 @@ def pool_samples(device):
                 x = tensors(1, (2, 3, h, w), device, (dtype,), (layout,))[0]
                 a, b = tensors(2, (2, 3, 4, 5), device, (dtype,), (layout,))
                 name, tail = f"{layout}-{cases.ids(dtype)}-{stride}", ([h, w], stride)
-                yield name, "pool_pair", (x, stride)
+                yield name, "pool_pair", (x, stride, False)
+                if device == "cpu" and dtype == F32:
+                    yield f"{name}-carried", "pool_pair", (x, stride, True)
                 yield name, "pool_pair_backward", (a, b, x, *tail)
                 yield f"max-{name}", "pool_pair_backward", (a, None, x, *tail)
                 yield f"unsaved-{name}", "pool_pair_backward", (None, b, x.new_empty(0), *tail)
     empty = tensors(1, (0, 3, 4, 5), device)[0]
-    yield "empty", "pool_pair", (empty, 1)
+    yield "empty", "pool_pair", (empty, 1, False)
     yield "empty", "pool_pair_backward", (empty, empty, empty, [4, 5], 1)
 
 
@@ -246,7 +252,8 @@ def separable_samples(device):
                     used = (mean, var) if kind else (mean[:0], var[:0])
                     name = f"{layout}-{cases.ids(dtype)}-{kind}-{channels}"
                     tail = (kernels, matrices, [1, 2], stride)
-                    yield name, "separable_group", (x, kind, 0.1, *affine, *running, *tail)
+                    forward = (x, kind, 0.1, *affine, *running, *tail)
+                    yield name, "separable_group", (*forward, None, False)
                     shape = (2, channels, 6 // stride, 8 // stride)
                     grads = tensors(1, shape, device, (dtype,), (layout,))
                     first = (grads, [0, 1], x, *used, kind, 0.1, *affine, *tail)
@@ -256,11 +263,13 @@ def separable_samples(device):
                     yield name, "separable_group_backward", (*first, *needs)
                     if device == "cpu":  # its output's gradient and its own in numbers
                         numbers = cases.make((4, channels), F32, seed=1)
+                        forward = (*forward, numbers.abs(), dtype == F32)
+                        yield f"{name}-carried", "separable_group", forward
                         needs = (2, True, [0, 1], [0, 1], grads, [numbers])
                         yield f"{name}-carried", "separable_group_backward", (*first, *needs)
         empty = tensors(1, (0, channels, 4, 5), device)[0]
         tail = (kernels[:1], matrices[:1], [1], 1)
-        yield "empty", "separable_group", (empty, 1, 0.1, var, mean, None, None, *tail)
+        yield "empty", "separable_group", (empty, 1, 0.1, var, mean, None, None, *tail, None, False)
         first = ([empty], [1], empty, mean, var, 1, 0.1, var, mean, *tail)
         yield "empty", "separable_group_backward", (*first, True, True, [1], [1], [], [])
 

@@ -364,17 +364,17 @@ def test_the_raw_ops_check_their_arguments(device):
     op, backward = torch.ops.fastnas.mixed_batch_norm, torch.ops.fastnas.mixed_batch_norm_backward
     x, w, three = ones(2, 3).to(device), ones(1).to(device), ones(3).to(device)
     with raises(ValueError, "mixed_batch_norm: expected kinds, eps and affine of one entry"):
-        op([x], w, [1, 1], [0.1], [0], [], [], [], [])
+        op([x], w, [1, 1], [0.1], [0], [], [], [], [], [])
     with raises(ValueError, "mixed_batch_norm: expected kinds of 0, 1 or 2, but got 3"):
-        op([x], w, [3], [0.1], [0], [], [], [], [])
+        op([x], w, [3], [0.1], [0], [], [], [], [], [])
     with raises(ValueError, "mixed_batch_norm: expected a gamma and a beta of 3 values"):
-        op([x], w, [1], [0.1], [1], [], [], [], [])
+        op([x], w, [1], [0.1], [1], [], [], [], [], [])
     with raises(ValueError, "mixed_batch_norm: expected a gamma and a beta of 3 values"):
-        op([x], w, [1], [0.1], [1], [w], [three], [], [])
+        op([x], w, [1], [0.1], [1], [w], [three], [], [], [])
     with raises(ValueError, "mixed_batch_norm: expected running statistics of 3 values"):
-        op([x], w, [2], [0.1], [0], [], [], [], [])
+        op([x], w, [2], [0.1], [0], [], [], [], [], [])
     with raises(ValueError, "mixed_batch_norm: expected inputs of shape (N, C, ...)"):
-        op([three], w, [1], [0.1], [0], [], [], [], [])
+        op([three], w, [1], [0.1], [0], [], [], [], [], [])
     table = ones(1, 3).to(device)
     with raises(ValueError, "mixed_batch_norm_backward: expected mean and var of shape [1, 3]"):
         backward(x, [x], w, table, w, [1], [0.1], [0], [], [], [1], True)

@@ -112,7 +112,7 @@ def test_refuses(x, stride, error, parts):
         pool_pair(x, stride)
     if x is not None and isinstance(stride, int):  # PyTorch refuses others itself
         with raises(error, "pool_pair: expected"):
-            torch.ops.fastnas.pool_pair(x, stride)
+            torch.ops.fastnas.pool_pair(x, stride, False)
 
 
 def test_the_raw_backward_checks_its_arguments(device):

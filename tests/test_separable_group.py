@@ -233,15 +233,15 @@ def test_the_raw_ops_check_their_arguments(device):
     )
     none = (None,) * 4
     with raises(ValueError, "separable_group: expected kind 0, 1 or 2, but got 3"):
-        op(x, 3, 0.1, *none, [w], [p], [1], 1)
+        op(x, 3, 0.1, *none, [w], [p], [1], 1, None, False)
     with raises(ValueError, "separable_group: expected gamma and beta or neither"):
-        op(x, 1, 0.1, three, None, None, None, [w], [p], [1], 1)
+        op(x, 1, 0.1, three, None, None, None, [w], [p], [1], 1, None, False)
     with raises(ValueError, "expected running statistics of 3 values"):
-        op(x, 2, 0.1, *none, [w], [p], [1], 1)
+        op(x, 2, 0.1, *none, [w], [p], [1], 1, None, False)
     with raises(ValueError, "separable_group: expected one pointwise weight per depthwise one"):
-        op(x, 0, 0.1, *none, [w], [], [1], 1)
+        op(x, 0, 0.1, *none, [w], [], [1], 1, None, False)
     with raises(ValueError, "separable_group: expected pointwise[0] of shape [3, 3, 1, 1]"):
-        op(x, 0, 0.1, *none, [w], [p[:2]], [1], 1)
+        op(x, 0, 0.1, *none, [w], [p[:2]], [1], 1, None, False)
     head, tail = ([1], x, three[:0], three[:0], 0, 0.1, None, None), ([w], [p], [1], 1, True, False)
     with raises(ValueError, "_backward: expected grads of shape"):
         backward([x[:, :, :2]], *head, *tail, [1], [1], [], [])

@@ -279,13 +279,9 @@ class Mix {
     std::fill(total.begin(), total.end(), 0.0);
     fold(first, period_, total.data());
     fold(second, period_, squares.data());
-    for (int64_t c = 0; c < r.c1 - r.c0; ++c) {
-      // What is left between the centre and the mean is put right by the sum of the deviations.
-      const double off = total[c] / r.values;
-      out[c] = centre[layout_.columns ? c : c * period_] + off;
-      const double squared = squares[c] - off * total[c];
-      out[width_ + c] = squared < 0 ? 0 : squared;  // NaN stays
-    }
+    for (int64_t c = 0; c < r.c1 - r.c0; ++c)
+      deviation_statistics(centre[layout_.columns ? c : c * period_], total[c], squares[c],
+                           r.values, out + c, out + width_ + c);
   }
 
   template <typename U>

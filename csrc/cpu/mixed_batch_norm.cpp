@@ -15,11 +15,12 @@ NormTable make_norm_table(const char* op, int64_t C, const at::Tensor& weights,
                         static_cast<int64_t>(affine.size()) == K && gammas.size() == betas.size(),
                     op, ": expected kinds, eps and affine of one entry per input (",
                     weights.size(0), "), but got ", K, ", ", eps.size(), " and ", affine.size());
-  NormTable t{K, C, kinds.vec(), to_doubles(weights), eps.vec(), {}, {}, {}, {}, {}};
+  NormTable t{K, C, kinds.vec(), to_doubles(weights), eps.vec(), {}, {}, {}, {}, {}, {}};
   t.mean.assign(K * C, 0.0);
   t.var.assign(K * C, 1.0);
   t.gamma.assign(K * C, 1.0);
   t.beta.assign(K * C, 0.0);
+  t.known.assign(K, false);
   int64_t row = 0;
   for (int64_t k = 0; k < K; ++k) {
     TORCH_CHECK_VALUE(kinds[k] >= kPlain && kinds[k] <= kRunning, op,
@@ -67,6 +68,27 @@ void set_statistics(const char* op, NormTable& t, const at::Tensor& mean, const 
                     mean.sizes(), " and ", var.sizes());
   t.mean = to_doubles(mean);
   t.var = to_doubles(var);
+}
+
+void set_made_statistics(NormTable& t, at::TensorList carriers) {
+  for (size_t k = 0; k < carriers.size(); ++k) {
+    if (t.kinds[k] != kBatch || carriers[k].numel() == 0) continue;
+    const std::vector<double> rows = to_doubles(carriers[k]);
+    std::copy_n(rows.begin(), t.C, t.mean.begin() + k * t.C);
+    std::copy_n(rows.begin() + t.C, t.C, t.var.begin() + k * t.C);
+    t.known[k] = true;
+  }
+}
+
+std::vector<at::Tensor> made_carriers(const std::vector<double>& made, int64_t outputs, int64_t C,
+                                      const at::TensorOptions& options) {
+  std::vector<at::Tensor> out;
+  for (int64_t i = 0; i < outputs; ++i) {
+    std::vector<double> rows(4 * C);  // the last two are for gradients alone
+    std::copy_n(made.begin() + i * 2 * C, 2 * C, rows.begin());
+    out.push_back(from_doubles(rows, {4, C}, options));
+  }
+  return out;
 }
 
 ForwardCoefficients forward_coefficients(const NormTable& t) {
@@ -133,12 +155,13 @@ at::Tensor carried_gradients(const NormTable& t, const BackwardCoefficients& b,
 std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm_cpu(
     at::TensorList xs, const at::Tensor& weights, at::IntArrayRef kinds, at::ArrayRef<double> eps,
     at::IntArrayRef affine, at::TensorList gammas, at::TensorList betas,
-    at::TensorList running_means, at::TensorList running_vars) {
+    at::TensorList running_means, at::TensorList running_vars, at::TensorList carriers) {
   const char* op = "mixed_batch_norm";
   check_inputs(op, xs, weights);
   check_weights(op, weights, xs.size(), xs[0]);
   TORCH_CHECK_VALUE(xs[0].dim() >= 2, op, ": expected inputs of shape (N, C, ...), but got ",
                     xs[0].sizes());
+  check_carriers(op, xs, carriers);
   const at::ScalarType dtype = result_dtype(xs);
   const at::MemoryFormat format = memory_format(xs[0]);
   const std::vector<at::Tensor> operands = as_operands(xs, dtype, format);
@@ -146,6 +169,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm_cpu(
   NormTable table = make_norm_table(op, xs[0].size(1), weights, kinds, eps, affine, gammas, betas);
   set_running_statistics(op, table, running_means, running_vars);
   if (y.numel()) {
+    set_made_statistics(table, carriers);
     const Layout layout = layout_of(y.sizes(), format != at::MemoryFormat::Contiguous);
     dispatch(op, dtype, [&](auto tag) {
       using T = decltype(tag);

@@ -27,6 +27,7 @@ struct NormTable {
   int64_t K, C;
   std::vector<int64_t> kinds;
   std::vector<double> w, eps, mean, var, gamma, beta;
+  std::vector<bool> known;          // whether the batch's statistics have been taken already
   std::vector<int64_t> affine_row;  // row of k in the affine gradients, -1 if it has none
 
   double inverse_deviation(int64_t k, int64_t c) const {
@@ -47,6 +48,13 @@ void set_running_statistics(const char* op, NormTable& table, at::TensorList mea
 void set_statistics(const char* op, NormTable& table, const at::Tensor& mean,
                     const at::Tensor& var);
 
+// Those that came with operands: of each one's carrier, the first two rows; no carriers, or empty ones, for none.
+void set_made_statistics(NormTable& table, at::TensorList carriers);
+
+// The carriers of so many outputs with these means and biased variances, [outputs][2][C].
+std::vector<at::Tensor> made_carriers(const std::vector<double>& made, int64_t outputs, int64_t C,
+                                      const at::TensorOptions& options);
+
 // Per channel: y = bias + sum_k coef_k x_k.
 struct ForwardCoefficients {
   std::vector<double> coef, bias;
@@ -65,7 +73,7 @@ template <typename T>
 void batch_statistics(const Mix<T>& mix, const std::vector<const T*>& xs, NormTable& table) {
   std::vector<const T*> batch(xs);
   for (size_t k = 0; k < batch.size(); ++k)
-    if (table.kinds[k] != kBatch) batch[k] = nullptr;
+    if (table.kinds[k] != kBatch || table.known[k]) batch[k] = nullptr;
   mix.statistics(batch, table.mean, table.var);
 }
 

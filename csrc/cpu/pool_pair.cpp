@@ -10,6 +10,8 @@
 #include "../pools.h"
 #include "aligned.h"
 #include "dispatch.h"
+#include "made_statistics.h"
+#include "mixed_batch_norm.h"
 #include "planes.h"
 #include "pools.h"
 #include "tasks.h"
@@ -34,9 +36,12 @@ class PoolPair {
     slabs_ = (p.oh + slab_ - 1) / slab_;
   }
 
-  void forward(const T* x, T* max, T* avg) const {
+  // made: means and biased variances of both, [2][2][C], or null.
+  void forward(const T* x, T* max, T* avg, double* made) const {
     const int64_t rows = source_rows(slab_);
+    MadeStatistics<acc_t> statistics(made ? 2 : 0, units(), L_);
     parallel([&](Tasks::Worker& worker) {
+      typename MadeStatistics<acc_t>::Block values(statistics);
       AlignedVector<acc_t> in(rows * p_.W * L_), best(rows * p_.ow * L_), sum(rows * p_.ow * L_);
       AlignedVector<acc_t> top(slab_ * p_.ow * L_), mean(slab_ * p_.ow * L_);
       AlignedVector<T> scratch(std::max(p_.W, slab_ * p_.ow) * L_);
@@ -45,10 +50,15 @@ class PoolPair {
         const PoolRows r = rows_of(first, std::min(first + slab_, p_.oh));
         load(x, source_, plane, r.top, r.bottom, in, scratch);
         pools_.pool(r, in.data(), best.data(), sum.data(), top.data(), mean.data());
-        for (const auto& [from, to] : {std::pair{&top, max}, std::pair{&mean, avg}})
+        for (const auto& [from, to] : {std::pair{&top, max}, std::pair{&mean, avg}}) {
           planes_.unpack(output_, from->data(), plane, first, r.last - first, to, scratch.data());
+          if (!made) continue;
+          values.add(from->data(), (r.last - first) * p_.ow, L_, 0);
+          statistics.take(values, to == avg, unit);
+        }
       }
     });
+    if (made) fold_statistics(statistics, made);
   }
 
   // g_max or g_avg may be null; x is not read without g_max.
@@ -99,10 +109,20 @@ class PoolPair {
                  scratch.data());
   }
 
+  void fold_statistics(const MadeStatistics<acc_t>& statistics, double* made) const {
+    const auto plane = [&](int64_t unit) { return unit / slabs_ * L_; };
+    for (int64_t i = 0; i < 2; ++i)
+      statistics.fold(
+          i, p_.C, [&](int64_t unit) { return plane(unit) % p_.C; },
+          [&](int64_t unit) { return std::min(L_, p_.N * p_.C - plane(unit)); },
+          made + 2 * i * p_.C, made + (2 * i + 1) * p_.C);
+  }
+
+  int64_t units() const { return (p_.N * p_.C + L_ - 1) / L_ * slabs_; }
+
   template <typename F>
   void parallel(F&& f) const {
-    const int64_t units = (p_.N * p_.C + L_ - 1) / L_ * slabs_;
-    parallel_tasks(units, std::max<int64_t>(kGrain / (slab_ * p_.ow), 1), f);
+    parallel_tasks(units(), std::max<int64_t>(kGrain / (slab_ * p_.ow), 1), f);
   }
 
   Pools p_;
@@ -115,22 +135,27 @@ class PoolPair {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> pool_pair_cpu(const at::Tensor& x, int64_t stride) {
+std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> pool_pair_cpu(const at::Tensor& x,
+                                                                          int64_t stride,
+                                                                          bool carry) {
   const char* op = "pool_pair";
   check_floating(op, "x", x);
+  check_carries(op, carry, x);
   const Pools p = check_pools(op, x.sizes(), stride);
   const at::MemoryFormat format = memory_format(x);
   const at::Tensor source = as_operand(x, x.scalar_type(), format);
   at::Tensor max = at::empty({p.N, p.C, p.oh, p.ow}, x.options(), format);
   at::Tensor avg = at::empty({p.N, p.C, p.oh, p.ow}, x.options(), format);
-  if (max.numel() == 0) return {max, avg};
-  dispatch(op, x.scalar_type(), [&](auto tag) {
-    using T = decltype(tag);
-    PoolPair<T>(p, format != at::MemoryFormat::Contiguous)
-        .forward(const_pointer<T>(source), static_cast<T*>(max.mutable_data_ptr()),
-                 static_cast<T*>(avg.mutable_data_ptr()));
-  });
-  return {max, avg};
+  std::vector<double> made(carry ? 4 * p.C : 0);
+  if (max.numel())
+    dispatch(op, x.scalar_type(), [&](auto tag) {
+      using T = decltype(tag);
+      PoolPair<T>(p, format != at::MemoryFormat::Contiguous)
+          .forward(const_pointer<T>(source), static_cast<T*>(max.mutable_data_ptr()),
+                   static_cast<T*>(avg.mutable_data_ptr()), carry ? made.data() : nullptr);
+    });
+  const at::TensorOptions options = x.options().memory_format(at::MemoryFormat::Contiguous);
+  return {max, avg, made_carriers(made, carry ? 2 : 0, p.C, options)};
 }
 
 at::Tensor pool_pair_backward_cpu(const std::optional<at::Tensor>& grad_max,

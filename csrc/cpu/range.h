@@ -21,6 +21,15 @@ inline void merge_statistics(double* mean, double* m2, double total, double new_
   *m2 += new_m2 + delta * delta * total * share;
 }
 
+// Mean and squared deviations (m2) of `count` values by their deviations from a centre, summed, and their squares.
+// What is left between the centre and the mean is put right by the former.
+inline void deviation_statistics(double centre, double first, double second, double count,
+                                 double* mean, double* m2) {
+  const double off = first / count, squared = second - off * first;
+  *mean = centre + off;
+  *m2 = squared < 0 ? 0 : squared;  // NaN stays
+}
+
 template <typename T>
 struct RangeKernels {
   using acc_t = acc_type<T>;

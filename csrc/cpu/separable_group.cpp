@@ -101,11 +101,12 @@ struct NormSource {
 
 }  // namespace
 
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group_cpu(
-    const at::Tensor& x, int64_t kind, double eps, const OptionalTensor& gamma,
-    const OptionalTensor& beta, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, at::TensorList depthwise, at::TensorList pointwise,
-    at::IntArrayRef dilations, int64_t stride) {
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, std::vector<at::Tensor>>
+separable_group_cpu(const at::Tensor& x, int64_t kind, double eps, const OptionalTensor& gamma,
+                    const OptionalTensor& beta, const OptionalTensor& running_mean,
+                    const OptionalTensor& running_var, at::TensorList depthwise,
+                    at::TensorList pointwise, at::IntArrayRef dilations, int64_t stride,
+                    const OptionalTensor& carrier, bool carry) {
   const char* op = "separable_group";
   const at::NoGradGuard no_grad;
   const SourceNorm norm{kind, eps, gamma, beta};
@@ -113,15 +114,19 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group_cpu(
   const DepthwiseGroup group =
       check_depthwise(op, x.sizes(), x.device(), depthwise, dilations, stride);
   check_pointwise(op, group, pointwise, x);
+  check_carriers(op, x, given(carrier));
+  check_carries(op, carry, x);
   const at::ScalarType dtype = x.scalar_type(), acc = accumulate_dtype(dtype);
   const at::MemoryFormat format = memory_format(x);
   const bool columns = format != at::MemoryFormat::Contiguous;
   NormTable table = make_source_table(op, x, norm);
   if (kind != kPlain) set_running_statistics(op, table, given(running_mean), given(running_var));
+  if (x.numel()) set_made_statistics(table, given(carrier));
   const at::Tensor source = as_operand(x, dtype, format);
   std::vector<at::Tensor> ys;
   for (int64_t i = 0; i < group.size(); ++i)
     ys.push_back(at::empty({group.N, group.C, group.oh, group.ow}, x.options(), format));
+  std::vector<double> made(carry ? group.size() * 2 * group.C : 0);
   if (ys[0].numel())
     dispatch(op, dtype, [&](auto tag) {
       using T = decltype(tag);
@@ -133,13 +138,15 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group_cpu(
       std::vector<T*> to;
       for (const at::Tensor& y : ys) to.push_back(static_cast<T*>(y.mutable_data_ptr()));
       Separable<T>(whole, columns, read.source(), group.C)
-          .forward(values, taps.pointers, matrices.pointers, to);
+          .forward(values, taps.pointers, matrices.pointers, to, carry ? made.data() : nullptr);
     });
   const at::TensorOptions options =
       x.options().dtype(acc).memory_format(at::MemoryFormat::Contiguous);
-  if (kind == kPlain) return {ys, at::empty({0}, options), at::empty({0}, options)};
+  const std::vector<at::Tensor> carriers =
+      made_carriers(made, carry ? group.size() : 0, group.C, options);
+  if (kind == kPlain) return {ys, at::empty({0}, options), at::empty({0}, options), carriers};
   return {ys, from_doubles(table.mean, {group.C}, options),
-          from_doubles(table.var, {group.C}, options)};
+          from_doubles(table.var, {group.C}, options), carriers};
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor,

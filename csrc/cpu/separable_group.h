@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "depthwise_group.h"
+#include "made_statistics.h"
 
 namespace fastnas {
 
@@ -35,20 +36,26 @@ class Separable : Depthwise<T> {
   Separable(const DepthwiseGroup& group, bool columns, const Source& source, int64_t channels)
       : Base(group, columns, source, channels), groups_(tables_), blocks_(units_ / tables_) {}
 
-  // depthwise[i]: (C, k, k); pointwise[i]: (C, C); ys[i]: (N, channels, oh, ow).
+  // depthwise[i]: (C, k, k); pointwise[i]: (C, C); ys[i]: (N, channels, oh, ow). made: means and biased variances of
+  // every output, [outputs][2][channels], or null.
   void forward(const T* x, const Weights& depthwise, const Weights& pointwise,
-               const std::vector<T*>& ys) const {
+               const std::vector<T*>& ys, double* made) const {
     const AlignedVector<acc_t> taps = this->weight_table(outputs_, depthwise);
     const AlignedVector<acc_t> matrices = matrix_table(pointwise, false);
+    MadeStatistics<acc_t> statistics(made ? ys.size() : 0, blocks_, groups_ * L_);
     parallel(blocks_, 1, [&](Tasks::Worker& worker) {
       Buffers b(*this, false);
+      typename MadeStatistics<acc_t>::Block values(statistics);
       for (int64_t block; worker.next(block);) {
         load_source(x, block, b);
-        for (const Phase& p : outputs_)
+        for (const Phase& p : outputs_) {
           write_output(p, b, taps.data(), matrices.data() + p.convolution * matrix_size(), block,
-                       ys[p.convolution]);
+                       ys[p.convolution], made ? &values : nullptr);
+          if (made) statistics.take(values, p.convolution, block);
+        }
       }
     });
+    if (made) fold_statistics(statistics, ys.size(), made);
   }
 
   // An output and the numbers that make its gradient of what is given as such (check.h), (4, channels); null
@@ -165,8 +172,9 @@ class Separable : Depthwise<T> {
                                b.strip.data() + q * strip_size(), ow * L_, L_, rows, ow, false);
   }
 
+  // values, if any, gets what is written.
   void write_output(const Phase& p, Buffers& b, const acc_t* taps, const acc_t* matrix,
-                    int64_t block, T* y) const {
+                    int64_t block, T* y, typename MadeStatistics<acc_t>::Block* values) const {
     const int64_t ow = group_.ow, C = group_.C, rows = this->rows_of(block);
     const int64_t first = block % slabs_ * slab_, image = block / slabs_;
     const auto multiply = [&](int64_t n, acc_t* to, int64_t group, int64_t step) {
@@ -179,14 +187,31 @@ class Separable : Depthwise<T> {
       if constexpr (std::is_same_v<T, acc_t>)
         if (output_.columns && output_.C == C &&
             C % L_ == 0) {  // vectors of a pixel follow each other in memory
-          multiply(n, y + (image * group_.oh + first + r) * ow * C, L_, C);
+          T* to = y + (image * group_.oh + first + r) * ow * C;
+          multiply(n, to, L_, C);
+          if (values) values->add(to, n * ow, C, 0);
           continue;
         }
       multiply(n, b.out.data(), strip_size(), L_);
+      if (values) values->add(b.out.data(), n * ow, L_, strip_size());
       for (int64_t q = 0; q < groups_; ++q)
         this->unpack(output_, b.out.data() + q * strip_size(), unit(block, q), first + r, n, y,
                      b.scratch);
     }
+  }
+
+  // A block has lanes of one image, or of one group of planes whose last one may be short.
+  void fold_statistics(const MadeStatistics<acc_t>& statistics, int64_t outputs,
+                       double* made) const {
+    const int64_t C = output_.C, lanes = groups_ * L_;
+    const auto present = [&](int64_t block) {
+      return group_.C >= L_ ? C : std::min(lanes, output_.planes - unit(block, 0) / slabs_ * L_);
+    };
+    parallel_tasks(outputs, 1, [&](Tasks::Worker& worker) {
+      for (int64_t i; worker.next(i);)
+        statistics.fold(
+            i, C, [](int64_t) { return 0; }, present, made + 2 * i * C, made + (2 * i + 1) * C);
+    });
   }
 
   void differentiate(const std::vector<const T*>& grads, const std::vector<Carried>& carried,

@@ -16,7 +16,7 @@ namespace fastnas::cuda {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm(
     at::TensorList xs, const at::Tensor& weights, at::IntArrayRef kinds, at::ArrayRef<double> eps,
     at::IntArrayRef affine, at::TensorList gammas, at::TensorList betas,
-    at::TensorList running_means, at::TensorList running_vars);
+    at::TensorList running_means, at::TensorList running_vars, at::TensorList carriers);
 std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 mixed_batch_norm_backward(const at::Tensor& grad, at::TensorList xs, const at::Tensor& weights,
                           const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef kinds,
@@ -53,7 +53,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> batch_norm_depthwise
   const c10::cuda::CUDAGuard guard(x.device());
   const auto [h, mean, var] =
       mixed_batch_norm({x}, one(x), {kind}, {eps}, {gamma.has_value()}, given(gamma), given(beta),
-                       given(running_mean), given(running_var));
+                       given(running_mean), given(running_var), {});
   return {depthwise_group(h, weights, dilations, stride, true), mean.view({-1}), var.view({-1})};
 }
 
@@ -70,7 +70,7 @@ batch_norm_depthwise_backward(at::TensorList grads, at::IntArrayRef present, con
   const at::Tensor w = one(x);
   const int64_t affine = gamma.has_value();
   const at::Tensor h = std::get<0>(
-      mixed_batch_norm({x}, w, {2}, {eps}, {affine}, given(gamma), given(beta), {mean}, {var}));
+      mixed_batch_norm({x}, w, {2}, {eps}, {affine}, given(gamma), given(beta), {mean}, {var}, {}));
   const bool need_source = need_x || need_norm;
   const std::vector<int64_t> size{x.size(2), x.size(3)};
   auto [dh, dws] = depthwise_group_backward(grads, present, h, size, weights, dilations, stride,

@@ -230,8 +230,9 @@ Gradients gradient_arguments(const Plan& plan, const MixGradients& tables, const
 std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm(
     at::TensorList xs, const at::Tensor& weights, at::IntArrayRef kinds, at::ArrayRef<double> eps,
     at::IntArrayRef affine, at::TensorList gammas, at::TensorList betas,
-    at::TensorList running_means, at::TensorList running_vars) {
+    at::TensorList running_means, at::TensorList running_vars, at::TensorList carriers) {
   const char* op = "mixed_batch_norm";
+  check_no_carriers(op, carriers);
   check_inputs(op, xs, weights);
   check_weights(op, weights, xs.size(), xs[0]);
   TORCH_CHECK_VALUE(xs[0].dim() >= 2, op, ": expected inputs of shape (N, C, ...), but got ",

@@ -27,8 +27,10 @@ PoolSizes sizes_of(const Pools& p, at::ScalarType dtype, at::MemoryFormat format
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> pool_pair(const at::Tensor& x, int64_t stride) {
+std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> pool_pair(const at::Tensor& x,
+                                                                      int64_t stride, bool carry) {
   const char* op = "pool_pair";
+  check_no_carriers(op, {}, carry);
   check_floating(op, "x", x);
   const Pools p = check_pools(op, x.sizes(), stride);
   const c10::cuda::CUDAGuard guard(x.device());
@@ -38,7 +40,7 @@ std::tuple<at::Tensor, at::Tensor> pool_pair(const at::Tensor& x, int64_t stride
   at::Tensor avg = at::empty({p.N, p.C, p.oh, p.ow}, x.options(), format);
   C10_CUDA_CHECK(launch_pool_pair(sizes_of(p, x.scalar_type(), format), pointer(source),
                                   mutable_pointer(max), mutable_pointer(avg), stream_of(x)));
-  return {max, avg};
+  return {max, avg, {}};
 }
 
 at::Tensor pool_pair_backward(const std::optional<at::Tensor>& grad_max,

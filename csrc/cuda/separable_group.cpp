@@ -121,12 +121,14 @@ struct Composition {
 
 }  // namespace
 
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group(
-    const at::Tensor& x, int64_t kind, double eps, const OptionalTensor& gamma,
-    const OptionalTensor& beta, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, at::TensorList depthwise, at::TensorList pointwise,
-    at::IntArrayRef dilations, int64_t stride) {
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, std::vector<at::Tensor>>
+separable_group(const at::Tensor& x, int64_t kind, double eps, const OptionalTensor& gamma,
+                const OptionalTensor& beta, const OptionalTensor& running_mean,
+                const OptionalTensor& running_var, at::TensorList depthwise,
+                at::TensorList pointwise, at::IntArrayRef dilations, int64_t stride,
+                const OptionalTensor& carrier, bool carry) {
   const char* op = "separable_group";
+  check_no_carriers(op, given(carrier), carry);
   const at::NoGradGuard no_grad;
   // Autocast would take the products of x in float32 behind a norm in half, forward but not backward.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -136,7 +138,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> separable_group(
                   pointwise, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const Composition composition{x, norm, depthwise, pointwise, dilations, stride};
-  return composition.forward(running_mean, running_var);
+  return std::tuple_cat(composition.forward(running_mean, running_var),
+                        std::make_tuple(std::vector<at::Tensor>()));
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor,
@@ -156,7 +159,7 @@ separable_group_backward(at::TensorList grads, at::IntArrayRef present, const at
   check_separable_backward(op, grads, present, x, norm, mean, var, depthwise, pointwise, dilations,
                            stride, need_depthwise, need_pointwise, outputs, carried);
   check_written(op, need_x);
-  for (const at::Tensor& c : carried) check_written(op, c.numel() ? kCarried : kNone);
+  check_no_carriers(op, carried);
   const c10::cuda::CUDAGuard guard(x.device());
   const Composition composition{x, norm, depthwise, pointwise, dilations, stride};
   return composition

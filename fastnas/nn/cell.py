@@ -22,7 +22,7 @@ from fastnas.nn.mixed_op import MixedOp, select_weights
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.recompute import Memory, Recompute
 from fastnas.nn.repeat import Packed
-from fastnas.nn.source import Carriers, call, can_carry, evaluate_source, is_faster, take_carriers
+from fastnas.nn.source import Carriers, call, can_carry, evaluate_source, is_faster
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
 from fastnas.ops.mixed_batch_norm import mix_apart
 
@@ -121,7 +121,7 @@ def run_nodes(
     elif k > 1:
         factors = op_weights.new_ones(len(edges))
     rows = op_weights.unbind(0)
-    carriers: Carriers | None = {} if memory == "default" and can_carry() else None
+    carriers = Carriers() if memory == "default" and can_carry() else None
     again = Recompute() if memory == "low" and Recompute.is_possible() else None
     arrivals: list[list[_Arrival]] = [[] for _ in starts]
 
@@ -231,7 +231,7 @@ def _mix(
     weights = torch.cat([arrival.weights for arrival in arrivals])
     rests = [arrival.rest for arrival in arrivals if arrival.rest is not None]
     state: State
-    carried = take_carriers(xs, carriers)
+    carried = {} if carriers is None else carriers.take(xs)
     if k == 1:
         state = (run(mix_apart, xs, weights, norms, carried),)
     elif is_faster("parts", xs[0]):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastnas import ops
+from fastnas.ops.pool_pair import run_pool_pair
 from fastnas.ops.separable_each import run_separable_each
 from fastnas.ops.separable_group import run_separable_group
 
@@ -22,6 +23,10 @@ class SharedPools:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``(N, C, H, W)`` to what each of them returns."""
         return ops.pool_pair(x, self.stride)
+
+    def carry(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+        """The same with the carriers of what is returned, if any."""
+        return run_pool_pair(x, self.stride, carry=True)
 
 
 class SharedConvolutions:

@@ -19,7 +19,7 @@ from fastnas.nn.batch_norm import (
     make_route,
 )
 from fastnas.nn.candidates import DARTS_PRIMITIVES, build_candidate
-from fastnas.nn.source import Carriers, can_carry, evaluate_source, take_carriers
+from fastnas.nn.source import Carriers, can_carry, evaluate_source
 from fastnas.ops._common import stack_weights
 from fastnas.ops.mixed_batch_norm import mix_apart
 
@@ -204,9 +204,9 @@ class MixedOp(nn.Module):
             TypeError: ``x`` or ``weights`` is of another type.
         """
         self._check(x, weights)
-        carriers: Carriers | None = {} if can_carry() else None
-        xs, weights, norms = self._evaluate(x, weights, carriers)
-        y = mix_apart(xs, weights, norms, take_carriers(xs, carriers))
+        carriers = Carriers()
+        xs, weights, norms = self._evaluate(x, weights, carriers if can_carry() else None)
+        y = mix_apart(xs, weights, norms, carriers.take(xs))
         if y.dtype != x.dtype and any(route.zero for route in self._plan.routes):
             # `none` would have returned x's dtype, under autocast wider than a convolution's.
             y = y.to(torch.promote_types(y.dtype, x.dtype))

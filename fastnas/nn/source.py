@@ -10,7 +10,7 @@ stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,14 +34,36 @@ __all__ = [
     "evaluate_source",
     "is_faster",
     "make_recipe",
-    "take_carriers",
 ]
 
 Layer = Callable[[Tensor], Tensor]
 #: How a layer is called with its inputs.
 Run = Callable[..., Any]
-#: By identity of the tensor that they belong to.
-Carriers = dict[int, Tensor]
+
+
+class Carriers:
+    """Tensors, and what came along with each (``fastnas.ops._carried``)."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        # By identity of the tensor, which is kept, so that it stays its own.
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def put(self, tensors: Iterable[Tensor], carriers: Iterable[Tensor]) -> None:
+        """Note the carriers of the first ``tensors``; there may be none at all."""
+        self._found.update(
+            (id(x), (x, carrier)) for x, carrier in zip(tensors, carriers, strict=False)
+        )
+
+    def take(self, xs: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Those of ``xs``, by their number; for a gradient there is one reader, and no second."""
+        found = {}
+        for i, x in enumerate(xs):
+            if (entry := self._found.get(id(x))) is not None:
+                found[i] = entry[1]
+                if entry[1].requires_grad:
+                    del self._found[id(x)]
+        return found
 
 
 class Recipe(NamedTuple):
@@ -113,20 +135,19 @@ def evaluate_source(
         x: the state, ``(N, C, H, W)``.
         edges: for each edge the recipes of its candidates.
         run: how a layer is called with its inputs (``fastnas.nn.recompute`` has another way).
-        carriers: takes those of the results that have one (``fastnas.ops._carried``). None where
-            the caller does not want them, or has a ``run`` of its own, or reads a result more than
-            once.
+        carriers: takes those of the results that have one. None where the caller does not want
+            them, or has a ``run`` of its own, or reads a convolution's result more than once.
 
     Returns:
         For each edge what its candidates return, in their order; some may be the same tensor.
     """
     if not _carries(x) or _has_repetitions(edges):
         carriers = None
-    between: Carriers | None = None if carriers is None else {}
+    between = None if carriers is None else Carriers()
     convolved = _convolve(x, edges, run, between) if is_faster("convolutions", x) else {}
     convolved.update(_halve(x, edges, run))
     again = _convolve_again(convolved, edges, run, between, carriers)
-    shared = _pool(x, edges, run) if is_faster("pools", x) else {}
+    shared = _pool(x, edges, run, carriers) if is_faster("pools", x) else {}
     results = []
     for recipes in edges:
         outputs = []
@@ -142,8 +163,8 @@ def evaluate_source(
                 h, layers = shared[recipe.key], ()
             elif recipe.rectified is not None and is_faster("rectified", x):
                 layers = (recipe.rectified,)
-            if between and not layers and id(h) in between:
-                carriers[id(h)] = between[id(h)]  # type: ignore[index]  # both or neither
+            if carriers is not None and between is not None and not layers:
+                carriers.put([h], between.take([h]).values())
             for layer in layers:
                 h = run(layer, h)
             outputs.append(h)
@@ -157,7 +178,7 @@ _FASTER = {
     "pools": ("cpu",),  # a max pool and an average pool of one source
     "rectified": ("cpu",),  # a ReLU and a 1x1 convolution
     "parts": ("cpu",),  # states with partial channels in two tensors
-    "carried": ("cpu",),  # gradients that are made where they are read
+    "carried": ("cpu",),  # statistics and gradients by carriers
 }
 #: From where on that is: what fills a core's cache.
 _CARRIED_ELEMENTS = 1 << 17
@@ -169,14 +190,8 @@ def is_faster(way: str, x: Tensor) -> bool:
 
 
 def can_carry() -> bool:
-    """Whether gradients can be made where they are read: torch.compile does not know which come."""
+    """Whether there is a backward, and gradients may come: torch.compile has to know which do."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def take_carriers(xs: Sequence[Tensor], carriers: Carriers | None) -> Carriers:
-    """Take those of ``xs`` out of ``carriers``, by their number."""
-    found = {} if carriers is None else carriers
-    return {i: found.pop(id(x)) for i, x in enumerate(xs) if id(x) in found}
 
 
 def _carries(x: Tensor) -> bool:
@@ -210,7 +225,7 @@ def _convolve(
             shared = SharedConvolutions([(r.depthwise, r.pointwise) for r in part if r.depthwise])
             if carriers is not None and shared.mixing:
                 ys, found = shared.carry(x)
-                carriers.update((id(y), c) for y, c in zip(ys, found, strict=False))
+                carriers.put(ys, found)
             else:
                 ys = run(shared, x)
             outputs.update((id(recipe), y) for recipe, y in zip(part, ys, strict=True))
@@ -240,9 +255,9 @@ def _convolve_again(
                 shared = NormConvolutions([layer for _, layer in part])
                 xs = [convolved[number] for number, _ in part]
                 if carriers is not None and given is not None:
-                    known = [given[id(x)] for x in xs if id(x) in given]
-                    ys, found = shared.carry(xs, known if len(known) == len(xs) else [])
-                    carriers.update((id(y), c) for y, c in zip(ys, found, strict=False))
+                    known = given.take(xs)
+                    ys, found = shared.carry(xs, [*known.values()] if len(known) == len(xs) else [])
+                    carriers.put(ys, found)
                 else:
                     ys = run(shared, *xs)
                 outputs.update((number, y) for (number, _), y in zip(part, ys, strict=True))
@@ -276,13 +291,21 @@ def _pool(
     x: Tensor,
     edges: Sequence[Sequence[Recipe]],
     run: Run,
+    carriers: Carriers | None,
 ) -> dict[Hashable, Tensor]:
     """What pools return that have one of the other kind beside them, by key of the recipe."""
     keys = {recipe.key for recipes in edges for recipe in recipes}
     outputs: dict[Hashable, Tensor] = {}
     for stride, pair in _POOL_PAIRS.items():
-        if keys.issuperset(pair):
-            outputs.update(zip(pair, run(SharedPools(stride), x), strict=True))
+        if not keys.issuperset(pair):
+            continue
+        shared = SharedPools(stride)
+        if carriers is not None:
+            ys, found = shared.carry(x)
+            carriers.put(ys, found)
+        else:
+            ys = run(shared, x)
+        outputs.update(zip(pair, ys, strict=True))
     return outputs
 
 

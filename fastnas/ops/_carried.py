@@ -1,25 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients that are made where they are read.
+"""What goes along with a tensor from its maker to its reader, both ways.
 
-A mixed sum whose inputs pass a BatchNorm has, for each of them, the gradient
-``a g + b (x - centre) + c``: four numbers a channel, ``g`` the gradient of the sum. Whoever made
-``x`` reads that gradient once. Instead of writing it for every input, the sum hands out ``g``
-itself, and the four numbers apart: the maker has ``x``, and the rest is arithmetic.
+Forward: statistics that are taken where it is made. A BatchNorm reads its input twice, once for
+mean and variance; whoever makes the input has it at hand, piece by piece, in the cache.
 
-The numbers take the way of every gradient. A maker that can use them returns, beside each output, a
-*carrier*: ``(4, C)``, without any meaning forward. The reader of the output takes the carrier as
-one more input, and its gradient are the numbers. Three things must hold, for which the caller
-stands: the reader is the only one, it gets both, and both have one dtype. Where no numbers arrive,
-as under ``create_graph``, the gradient of the output is what it always is; and since the graph that
-is created then reads the inputs once more, a reader sends numbers no more after that.
+Backward: gradients that are made where they are read. A mixed sum whose inputs pass a BatchNorm
+has, for each of them, the gradient ``a g + b (x - centre) + c``: four numbers a channel, ``g`` the
+gradient of the sum. Whoever made ``x`` reads that gradient once. Instead of writing it for every
+input, the sum hands out ``g`` itself, and the four numbers apart: the maker has ``x``, and the rest
+is arithmetic.
+
+Both take the way of every tensor and its gradient. A maker returns, beside each output, a
+*carrier*, ``(4, C)``, whose first two rows are mean and biased variance of that output; the other
+two are zeros. The reader of the output takes the carrier as one more input, and its gradient are
+the numbers. Three things must hold, for which the caller stands: the reader is the only one, it
+gets both, and both have one dtype. Where no numbers arrive, as under ``create_graph``, the gradient
+of the output is what it always is; and since the graph that is created then reads the inputs once
+more, a reader sends numbers no more after that.
+
+A maker that could do nothing with numbers, or whose outputs have several readers, returns a carrier
+that is not differentiable: it is for the way forward alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from fastnas.ops import reference
 from fastnas.ops.reference import accumulate_dtype
 
 #: What the kernels are asked for an input: its gradient, or the numbers.
@@ -35,10 +45,13 @@ def count_carriers(x: Tensor, outputs: int, wanted: bool) -> int:
     return outputs if wanted and x.dtype == accumulate_dtype(x.dtype) else 0
 
 
-def make_carriers(like: Tensor, count: int) -> list[Tensor]:
-    """One for each of ``count`` outputs of C channels, of which ``like`` ``(N, C, ...)`` is one."""
-    dtype = accumulate_dtype(like.dtype)
-    return [like.new_empty((4, like.shape[1]), dtype=dtype) for _ in range(count)]
+def make_carriers(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """One for each of ``outputs`` ``(N, C, H, W)``, where no kernel has made them."""
+    carriers = []
+    for y in outputs:
+        mean, var = reference.statistics(y)
+        carriers.append(torch.stack([mean, var, torch.zeros_like(mean), torch.zeros_like(mean)]))
+    return carriers
 
 
 def with_outputs(

@@ -50,8 +50,8 @@ class SourceConvolutions(torch.autograd.Function):
     """Autograd of these ops; a second derivative goes through the reference.
 
     Its arguments are the name of the op, kind, eps, dilations, stride, how many carriers there are
-    to be (``fastnas.ops._carried``; none, or one for each output), x, the norm's tensors and all
-    weights.
+    to be (``fastnas.ops._carried``; none, or one for each output; of ``separable_group`` alone), x,
+    the norm's tensors and all weights.
     """
 
     @staticmethod
@@ -61,11 +61,17 @@ class SourceConvolutions(torch.autograd.Function):
         # ctx where there are as many arguments as parameters.
         ctx, op, kind, eps, dilations, stride, carriers, x, gamma, beta, *arguments_left = arguments
         running_mean, running_var, *weights = arguments_left
-        source = torch.ops.fastnas if has_kernels(x.device.type) else reference
-        ys, mean, var = getattr(source, op)(
-            x, kind, eps, gamma, beta, running_mean, running_var, *_groups(weights, len(dilations)),
-            dilations, stride,
-        )  # fmt: skip
+        groups, made = _groups(weights, len(dilations)), []
+        norm = kind, eps, gamma, beta, running_mean, running_var
+        if not has_kernels(x.device.type):
+            ys, mean, var = getattr(reference, op)(x, *norm, *groups, dilations, stride)
+            made = make_carriers(ys[:carriers])
+        elif op == "separable_group":
+            ys, mean, var, made = torch.ops.fastnas.separable_group(
+                x, *norm, *groups, dilations, stride, None, carriers > 0
+            )
+        else:
+            ys, mean, var = getattr(torch.ops.fastnas, op)(x, *norm, *groups, dilations, stride)
         # Not the running statistics: a training step may move them before the backward.
         ctx.save_for_backward(x, mean, var, gamma, beta, *weights, *ys[:carriers])
         ctx.op, ctx.kind, ctx.eps, ctx.dilations, ctx.stride = op, kind, eps, dilations, stride
@@ -73,7 +79,7 @@ class SourceConvolutions(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         ctx.carriers = carriers
-        return (*ys, mean, var, *make_carriers(ys[0], carriers))
+        return (*ys, mean, var, *made)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -71,9 +71,10 @@ def mix_apart(
     carriers: Mapping[int, Tensor],
     training: bool | None = None,
 ) -> Tensor:
-    """:func:`mixed_batch_norm`, but the gradients of some inputs are finished by their makers.
+    """:func:`mixed_batch_norm` of inputs of which some come with their statistics.
 
-    ``carriers`` has, by number of such an input, what came with it (``fastnas.ops._carried``).
+    ``carriers`` has, by number of such an input, what came with it (``fastnas.ops._carried``). If
+    that is differentiable, the gradient of the input is finished by its maker.
     """
     check_candidates("mixed_batch_norm", xs)
     w = as_weights("mixed_batch_norm", weights, xs)
@@ -101,11 +102,14 @@ class MixedBatchNorm(torch.autograd.Function):
         # One parameter for all: without gradients, torch.compile would take the first argument for
         # ctx where there are as many arguments as parameters.
         ctx, carried, kinds, eps, affine, *rest = arguments
-        weights, *tensors = rest[len(carried) :]  # carriers are for the backward alone
+        carriers, (weights, *tensors) = rest[: len(carried)], rest[len(carried) :]
         xs, gammas, betas, means, variances = split_tensors(kinds, affine, tensors)
         if has_kernels(xs[0].device.type):
+            known = [weights.new_empty(0)] * len(xs) if carried else []
+            for k, carrier in zip(carried, carriers, strict=True):
+                known[k] = carrier
             y, mean, var = torch.ops.fastnas.mixed_batch_norm(
-                xs, weights, kinds, eps, affine, gammas, betas, means, variances
+                xs, weights, kinds, eps, affine, gammas, betas, means, variances, known
             )
         else:
             y, mean, var = composite("mixed_batch_norm", kinds, eps, affine, weights, tensors)
@@ -136,8 +140,8 @@ class MixedBatchNorm(torch.autograd.Function):
             return (*head, *(None,) * len(carried), *grads)
         grad = grad.contiguous(memory_format=ctx.format)
         ways = [int(n) for n in need[: len(xs)]]
-        for k in carried:
-            ways[k] *= CARRIED if ctx.alone else WRITTEN
+        for k, differentiable in zip(carried, ctx.needs_input_grad[4:], strict=False):
+            ways[k] *= CARRIED if differentiable and ctx.alone else WRITTEN
         dxs, dw, dgamma, dbeta, numbers = torch.ops.fastnas.mixed_batch_norm_backward(
             grad, xs, weights, mean, var, kinds, eps, affine, gammas, betas, ways, need_w
         )
@@ -159,8 +163,9 @@ def _(
     betas: list[Tensor],
     running_means: list[Tensor],
     running_vars: list[Tensor],
+    carriers: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (weights, *xs, *gammas, *betas, *running_means, *running_vars)
+    tensors = (weights, *xs, *gammas, *betas, *running_means, *running_vars, *carriers)
     check_devices("mixed_batch_norm", *tensors)
     mean = weights.new_empty(len(xs), xs[0].shape[1])
     y = fake_like(xs[0], reference.result_dtype(xs))

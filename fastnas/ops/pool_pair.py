@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastnas._extension import has_kernels
 from fastnas.ops import reference
+from fastnas.ops._carried import count_carriers, make_carriers
 from fastnas.ops._common import check_devices, differentiate, fake_like, memory_format
 from fastnas.ops.depthwise_group import MAX_SIZE
 
@@ -52,29 +53,47 @@ def pool_pair(x: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
         )
     if type(stride) is not int or stride not in (1, 2):
         raise ValueError(f"pool_pair: expected stride 1 or 2, but got {stride!r}")
-    return PoolPair.apply(x, stride)
+    return run_pool_pair(x, stride)[0]
+
+
+def run_pool_pair(
+    x: Tensor, stride: int, carry: bool = False
+) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """The same without the checks at the door, for callers inside; the kernels check shapes too.
+
+    Returns with the outputs their carriers (``fastnas.ops._carried``), if any: with statistics
+    alone, since every edge that leaves the source may read the outputs.
+    """
+    top, mean, *carriers = PoolPair.apply(x, stride, count_carriers(x, 2, carry) > 0)
+    return (top, mean), carriers
 
 
 class PoolPair(torch.autograd.Function):
     """Autograd of :func:`pool_pair`; the second derivative goes through the reference."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-        """Both outputs from the kernel of the device, or from the reference where there is none."""
+    def forward(ctx: Any, x: Tensor, stride: int, carry: bool) -> tuple[Tensor, ...]:
+        """Outputs, and carriers, of the device's kernel, or the reference where there is none."""
         ctx.save_for_backward(x)
         ctx.stride, ctx.format = stride, memory_format(x)
         ctx.set_materialize_grads(False)
         if has_kernels(x.device.type):
-            return torch.ops.fastnas.pool_pair(x, stride)
-        return reference.pool_pair(x, stride)
+            top, mean, made = torch.ops.fastnas.pool_pair(x, stride, carry)
+        else:
+            top, mean = reference.pool_pair(x, stride)
+            made = make_carriers([top, mean] if carry else [])
+        if made:
+            ctx.mark_non_differentiable(*made)
+        return (top, mean, *made)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         """Gradient of ``x`` from those of the outputs that have one."""
         (x,) = ctx.saved_tensors
+        grads = grads[:2]
         given = [g for g in grads if g is not None]
         if not given:
-            return None, None
+            return None, None, None
         if torch.is_grad_enabled() or not has_kernels(x.device.type):
 
             def composite(x: Tensor) -> list[Tensor]:
@@ -82,17 +101,18 @@ class PoolPair(torch.autograd.Function):
                 return [y for y, g in zip(ys, grads, strict=True) if g is not None]
 
             (dx,) = differentiate(composite, (x,), [True], given)
-            return dx, None
+            return dx, None, None
         top, mean = (g if g is None else g.contiguous(memory_format=ctx.format) for g in grads)
         size = list(x.shape[2:])
-        return torch.ops.fastnas.pool_pair_backward(top, mean, x, size, ctx.stride), None
+        return torch.ops.fastnas.pool_pair_backward(top, mean, x, size, ctx.stride), None, None
 
 
 @torch.library.register_fake("fastnas::pool_pair")
-def _(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, stride: int, carry: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     n, c, *space = x.shape
     shape = (n, c, *((size + stride - 1) // stride for size in space))
-    return fake_like(x, x.dtype, shape), fake_like(x, x.dtype, shape)
+    carriers = [x.new_empty(4, c) for _ in range(2)] if carry else []
+    return fake_like(x, x.dtype, shape), fake_like(x, x.dtype, shape), carriers
 
 
 @torch.library.register_fake("fastnas::pool_pair_backward")

@@ -125,10 +125,15 @@ class SeparableEach(torch.autograd.Function):
         # One parameter for all: without gradients, torch.compile would take the first argument for
         # ctx where there are as many arguments as parameters.
         ctx, kinds, eps, affine, dilations, stride, carriers, given, *tensors = arguments
+        known: Sequence[Tensor | None] = tensors[:given] if given else [None] * len(kinds)
         tensors = tensors[given:]
-        device = tensors[0].device.type
-        convolve = (torch.ops.fastnas if has_kernels(device) else reference).separable_group
-        ys, mean, var = _each(convolve, kinds, eps, affine, dilations, stride, tensors)
+        arguments = kinds, eps, affine, dilations, stride, tensors
+        if has_kernels(tensors[0].device.type):
+            more = [(carrier, carriers > 0) for carrier in known]
+            ys, mean, var, made = _each(torch.ops.fastnas.separable_group, *arguments, more)
+        else:
+            ys, mean, var, _ = _each(reference.separable_group, *arguments)
+            made = make_carriers(ys[:carriers])
         # Not the running statistics: a training step may move them before the backward.
         xs, gammas, betas, *_ = split_tensors(kinds, affine, tensors)
         weights = tensors[-2 * len(kinds) :]
@@ -138,7 +143,7 @@ class SeparableEach(torch.autograd.Function):
         ctx.dilations, ctx.stride = dilations, stride
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return (*ys, mean, var, *make_carriers(ys[0], carriers))
+        return (*ys, mean, var, *made)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -163,7 +168,7 @@ class SeparableEach(torch.autograd.Function):
             def composite(*t: Tensor) -> list[Tensor]:
                 flat = [*t[:head], *statistics, *t[head:]]
                 convolve, tail = reference.separable_group, (ctx.dilations, ctx.stride)
-                ys, _, _ = _each(convolve, kinds, ctx.eps, affine, *tail, flat)
+                ys, *_ = _each(convolve, kinds, ctx.eps, affine, *tail, flat)
                 return [y for y, g in zip(ys, grads, strict=False) if g is not None]
 
             found = list(differentiate(composite, tensors, need, given))
@@ -249,8 +254,12 @@ def _each(
     dilations: Sequence[int],
     stride: int,
     tensors: Sequence[Tensor],
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The forward from the flat list of tensors; ``convolve`` is a ``separable_group``."""
+    more: Sequence[tuple[Any, ...]] = (),
+) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
+    """The forward from the flat list of tensors: outputs, statistics that were used, and carriers.
+
+    ``convolve`` is a ``separable_group``, ``more`` what it takes besides, for each source.
+    """
     xs, gammas, betas, means, variances = split_tensors(kinds, affine, tensors)
     count, running = len(kinds), [kind == RUNNING for kind in kinds]
     depthwise, pointwise = tensors[-2 * count : -count], tensors[-count:]
@@ -259,8 +268,11 @@ def _each(
         spread(running, variances), strict=True,
     )  # fmt: skip
     found = [
-        convolve(*row, [depthwise[k]], [pointwise[k]], [dilations[k]], stride)
+        convolve(
+            *row, [depthwise[k]], [pointwise[k]], [dilations[k]], stride, *(more[k] if more else ())
+        )
         for k, row in enumerate(rows)
     ]
     mean, var = torch.stack([each[1] for each in found]), torch.stack([each[2] for each in found])
-    return [each[0][0] for each in found], mean, var
+    made = [carrier for each in found for carriers in each[3:] for carrier in carriers]
+    return [each[0][0] for each in found], mean, var, made

@@ -135,13 +135,17 @@ def _(
     pointwise: list[Tensor],
     dilations: list[int],
     stride: int,
-) -> tuple[list[Tensor], Tensor, Tensor]:
+    carrier: Tensor | None,
+    carry: bool,
+) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
     optional = [t for t in (gamma, beta, running_mean, running_var) if t is not None]
     check_devices(_OP, x, *optional, *depthwise, *pointwise)
     n, c, *space = x.shape
     shape = (n, c, *((size + stride - 1) // stride for size in space))
     mean = x.new_empty(c if kind != PLAIN else 0, dtype=reference.accumulate_dtype(x.dtype))
-    return [fake_like(x, x.dtype, shape) for _ in depthwise], mean, torch.empty_like(mean)
+    carriers = [mean.new_empty(4, c) for _ in depthwise] if carry else []
+    ys = [fake_like(x, x.dtype, shape) for _ in depthwise]
+    return ys, mean, torch.empty_like(mean), carriers
 
 
 @torch.library.register_fake("fastnas::separable_group_backward")
