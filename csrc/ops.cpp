@@ -117,6 +117,10 @@ TORCH_LIBRARY(fastnas, m) {
   m.def(
       "pool_pair_backward(Tensor? grad_max, Tensor? grad_avg, Tensor x, int[] size, int stride) -> "
       "Tensor");
+  // Of each output a gradient for every reader, with numbers (4, C) that finish it, or empty ones.
+  m.def(
+      "pool_pair_carried_backward(Tensor[] grads_max, Tensor[] numbers_max, Tensor[] grads_avg, "
+      "Tensor[] numbers_avg, Tensor max, Tensor avg, Tensor x, int stride) -> Tensor");
 
   // y = W max(x, 0), weight (C', C, 1, 1).
   m.def("relu_pointwise(Tensor x, Tensor weight) -> Tensor");

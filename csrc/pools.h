@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What pool_pair asks of its arguments, on every device, and the sizes that follow from them.
 #pragma once
+#include <algorithm>
+
 #include "check.h"
 
 namespace fastnas {
@@ -51,6 +53,28 @@ inline Pools check_pools_backward(const char* op, const at::Tensor* g_max, const
                     op, ": expected x of shape ", at::IntArrayRef(shape), " on ", first.device(),
                     g_max ? "" : " or empty", ", but got ", x.sizes(), " on ", x.device());
   return p;
+}
+
+// Gradients of one output by all of its readers, and the numbers that each sent along or nothing.
+inline void check_pool_readers(const char* op, const Pools& p, at::TensorList grads,
+                               at::TensorList numbers, const at::Tensor& output,
+                               const at::Tensor& x) {
+  const std::vector<int64_t> shape{p.N, p.C, p.oh, p.ow};
+  const auto fits = [&](const at::Tensor& t) {
+    return t.sizes() == at::IntArrayRef(shape) && t.scalar_type() == x.scalar_type() &&
+           t.device() == x.device();
+  };
+  TORCH_CHECK_VALUE(grads.size() == numbers.size(), op,
+                    ": expected numbers, perhaps empty, for every gradient (", grads.size(),
+                    "), but got ", numbers.size());
+  TORCH_CHECK_VALUE(fits(output) && std::all_of(grads.begin(), grads.end(), fits), op,
+                    ": expected outputs and gradients of shape ", at::IntArrayRef(shape),
+                    " and of x's dtype and device");
+  for (const at::Tensor& n : numbers)
+    TORCH_CHECK_VALUE(
+        n.numel() == 0 || (n.sizes() == at::IntArrayRef({4, p.C}) && n.device() == x.device()), op,
+        ": expected numbers of shape [4, ", p.C, "] on ", x.device(), " or empty, but got ",
+        n.sizes(), " on ", n.device());
 }
 
 }  // namespace fastnas

@@ -38,7 +38,7 @@ def samples(device):
             yield name, "mixed_sum", (xs, w4)
             yield name, "mixed_sum_backward", (grad, xs, w4, [1, 0, 1, 1], True)
             yield name, "mixed_batch_norm", (xs, w4, *norm_tail(3, device), [])
-            if device == "cpu":  # the statistics of the first are known
+            if torch.device(device).type == "cpu":  # the statistics of the first are known
                 carriers = [c3, *[c3[:0]] * 3]
                 arguments = (xs, w4, *norm_tail(3, device), carriers)
                 yield f"{name}-carried", "mixed_batch_norm", arguments
@@ -48,7 +48,7 @@ def samples(device):
                 "mixed_batch_norm_backward",
                 (grad, xs, w4, c3, c3 + 1, *tail, [1, 1, 0, 1], True),
             )
-            if device == "cpu":
+            if torch.device(device).type == "cpu":
                 arguments = (grad, xs, w4, c3, c3 + 1, *tail, [2, 1, 0, 2], True)
                 yield f"{name}-carried", "mixed_batch_norm_backward", arguments
             for h, w in ((4, 5), (8, 10)):
@@ -185,12 +185,19 @@ def pool_samples(device):
                 a, b = tensors(2, (2, 3, 4, 5), device, (dtype,), (layout,))
                 name, tail = f"{layout}-{cases.ids(dtype)}-{stride}", ([h, w], stride)
                 yield name, "pool_pair", (x, stride, False)
-                if device == "cpu" and dtype == F32:
+                if torch.device(device).type == "cpu" and dtype == F32:
                     yield f"{name}-carried", "pool_pair", (x, stride, True)
                 yield name, "pool_pair_backward", (a, b, x, *tail)
+                numbers = cases.make((4, 3), F32, device=device)
+                carried = ([a, b], [numbers, numbers[:0]], [b], [numbers], a, b, x, stride)
+                if torch.device(device).type == "cpu":
+                    yield name, "pool_pair_carried_backward", carried
                 yield f"max-{name}", "pool_pair_backward", (a, None, x, *tail)
                 yield f"unsaved-{name}", "pool_pair_backward", (None, b, x.new_empty(0), *tail)
     empty = tensors(1, (0, 3, 4, 5), device)[0]
+    if torch.device(device).type == "cpu":
+        carried = ([empty], [numbers], [], [], empty, empty, empty, 1)
+        yield "empty", "pool_pair_carried_backward", carried
     yield "empty", "pool_pair", (empty, 1, False)
     yield "empty", "pool_pair_backward", (empty, empty, empty, [4, 5], 1)
 
@@ -261,7 +268,9 @@ def separable_samples(device):
                     yield name, "separable_group_backward", (*first, *needs)
                     needs = (False, False, [0, 1], [0, 0], [], [])
                     yield name, "separable_group_backward", (*first, *needs)
-                    if device == "cpu":  # its output's gradient and its own in numbers
+                    if (
+                        torch.device(device).type == "cpu"
+                    ):  # its output's gradient and its own in numbers
                         numbers = cases.make((4, channels), F32, seed=1)
                         forward = (*forward, numbers.abs(), dtype == F32)
                         yield f"{name}-carried", "separable_group", forward

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import ops_cases as cases
 import pytest
 import torch
@@ -10,10 +12,8 @@ from ops_cases import raises
 from torch import nn
 
 from fastnas import MixedOp
-from fastnas.nn import source
-from fastnas.nn.source import Carriers, evaluate_source, make_recipe
+from fastnas.nn import carriers as carriers_file
 from fastnas.ops._carried import make_carriers
-from fastnas.ops.mixed_batch_norm import mix_apart
 from fastnas.ops.pool_pair import run_pool_pair
 from fastnas.ops.separable_each import run_separable_each
 from fastnas.ops.separable_group import run_separable_group
@@ -52,6 +52,12 @@ def convolve(x, stride=1, scale=1.0):
     return [*ys, *zs], [*given, *made]
 
 
+def pool(x, stride=1):
+    """Both outputs and their carriers."""
+    outputs, carriers = run_pool_pair(x, stride, 1)
+    return [y for (y,) in outputs], [c for (c,) in carriers]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=cases.ids)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("images", [1, 3, 17])
@@ -62,7 +68,7 @@ def test_convolutions_and_pools(channels, images, layout, dtype):
     outputs, carriers = convolve(x)
     assert_statistics(carriers, outputs)
     for stride in (1, 2):
-        outputs, carriers = run_pool_pair(x, stride, carry=True)
+        outputs, carriers = pool(x, stride)
         assert_statistics(carriers, outputs)
 
 
@@ -72,16 +78,16 @@ def test_images_of_other_sizes(size, stride, channels):
     """Large ones are cut in pieces, of which the last is small."""
     x = cases.make((2, channels, *size), F64, "channels_last")
     assert_statistics(*reversed(convolve(x, stride)))
-    assert_statistics(*reversed(run_pool_pair(x, stride, carry=True)))
+    assert_statistics(*reversed(pool(x, stride)))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_nothing_cancels(layout):
     """Values whose square leaves nothing of their variance, and a first piece unlike others."""
     x = cases.make((4, 16, 40, 40), torch.float32, layout) + 1000
-    assert_statistics(*reversed(run_pool_pair(x, 1, carry=True)))
+    assert_statistics(*reversed(pool(x)))
     x[:, :, :8] += 3000
-    assert_statistics(*reversed(run_pool_pair(x, 1, carry=True)))
+    assert_statistics(*reversed(pool(x)))
     one = torch.ones(16, 1, 1, 1)
     ys, carriers = run_separable_group(x, [one], [torch.eye(16)[..., None, None]], [1], carry=True)
     assert torch.equal(ys[0], x)
@@ -92,7 +98,7 @@ def test_nothing_cancels(layout):
 def test_values_that_are_not_finite(value):
     x = torch.rand(2, 3, 4, 4)
     x[1, 1, 2, 2] = value
-    outputs, carriers = run_pool_pair(x, 1, carry=True)
+    outputs, carriers = pool(x)
     for y, carrier in zip(outputs, carriers, strict=True):
         var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
         for mine, theirs in ((carrier[0], mean), (carrier[1], var)):
@@ -104,7 +110,7 @@ def test_the_number_of_threads_does_not_matter():
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
-            found.append([*convolve(x)[1], *run_pool_pair(x, 1, carry=True)[1]])
+            found.append([*convolve(x)[1], *pool(x)[1]])
         finally:
             torch.set_num_threads(before)
     for others in found[1:]:
@@ -154,38 +160,21 @@ def test_the_raw_ops_check_carriers():
             getattr(torch.ops.fastnas, op)(x.bfloat16(), *arguments, True)
 
 
-def test_pools_have_several_readers():
-    """Their carriers are for all of them, and not for gradients."""
-    x = torch.randn(2, 4, 5, 5, requires_grad=True)
-    pools = [
-        make_recipe([nn.MaxPool2d(3, 1, 1)]),
-        make_recipe([nn.AvgPool2d(3, 1, 1, False, False)]),
-    ]
-    carriers = Carriers()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "_CARRIED_ELEMENTS", 1)
-        (xs, again) = evaluate_source(
-            x, [pools, [pool._replace() for pool in pools]], carriers=carriers
-        )
-    assert all(a is b for a, b in zip(xs, again, strict=True))
-    found = carriers.take(xs)
-    assert [*found] == [0, 1] and found == carriers.take(xs)
-    assert_statistics([*found.values()], [y.detach() for y in xs])
-    assert not any(carrier.requires_grad for carrier in found.values())
-    norms = [nn.BatchNorm2d(4, affine=False) for _ in xs]
-    results = []
-    for known in (found, {}):
-        y = mix_apart(xs, torch.tensor([0.3, 0.7]), norms, known)
-        (gradient,) = torch.autograd.grad(y, x, cases.like_output(y, 1), retain_graph=True)
-        results.append((y, gradient))
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+def test_without_kernels_nothing_else_is_carried(monkeypatch):
+    """Statistics of the reference go the same way."""
+    x = cases.make((2, 4, 5, 6), F64)
+    with_kernels = [*convolve(x)[1], *pool(x)[1]]
+    for name in ("_source", "separable_each", "pool_pair"):
+        file = importlib.import_module(f"fastnas.ops.{name}")
+        monkeypatch.setattr(file, "has_kernels", lambda device: False)
+    for a, b in zip(with_kernels, [*convolve(x)[1], *pool(x)[1]], strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture
 def known(monkeypatch):
     """How many statistics every sum and every convolution behind a norm is given."""
-    monkeypatch.setattr(source, "_CARRIED_ELEMENTS", 1)
+    monkeypatch.setattr(carriers_file, "_CARRIED_ELEMENTS", 1)
     known = {"sum": 0, "convolution": 0}
     mix, convolve = torch.ops.fastnas.mixed_batch_norm, torch.ops.fastnas.separable_group
 

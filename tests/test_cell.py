@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnas import MixedOp
-from fastnas.nn import source
+from fastnas.nn import carriers
 from fastnas.nn.cell import joins_edges, run_nodes
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.spaces.base import CellWeights
@@ -23,7 +23,7 @@ from fastnas.spaces.darts import Supernet
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(source, "_CARRIED_ELEMENTS", 1)  # as larger cells do
+    monkeypatch.setattr(carriers, "_CARRIED_ELEMENTS", 1)  # as larger cells do
 
 
 def make_cell(k: int = 1, reduction: bool = False, C: int = 8):

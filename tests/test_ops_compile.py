@@ -277,6 +277,7 @@ OPS = (
     "depthwise_group_backward",
     "pool_pair",
     "pool_pair_backward",
+    "pool_pair_carried_backward",
     "relu_pointwise",
     "relu_pointwise_backward",
     "batch_norm_depthwise",
@@ -288,8 +289,8 @@ OPS = (
 )
 
 
-#: Elsewhere PyTorch's own operations do it.
-CPU_ONLY = ("update_running_statistics",)
+#: Elsewhere nothing is carried, and PyTorch's own operations move running statistics.
+CPU_ONLY = ("pool_pair_carried_backward", "update_running_statistics")
 
 
 def arguments_of(name, device):

@@ -23,7 +23,7 @@ class MadeStatistics {
       : kernels_(range_kernels<A>()),
         blocks_(blocks),
         lanes_(lanes),
-        partial_(std::make_unique_for_overwrite<double[]>(outputs * blocks * (2 * lanes + 1))) {}
+        partial_(new double[outputs * blocks * (2 * lanes + 1)]) {}  // not zeroed
 
   // Of one block of one output.
   class Block {

@@ -5,7 +5,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <map>
+#include <numeric>
 #include <optional>
+#include <utility>
 
 #include "../pools.h"
 #include "aligned.h"
@@ -63,34 +66,122 @@ class PoolPair {
 
   // g_max or g_avg may be null; x is not read without g_max.
   void backward(const T* x, const T* g_max, const T* g_avg, T* dx) const {
+    differentiate(x, g_max, g_avg, dx, [&](int64_t plane, const PoolRows& r, Windows& w) {
+      if (g_max) load(g_max, output_, plane, r.first, r.last, w.top, w.scratch);
+      if (g_avg) load(g_avg, output_, plane, r.first, r.last, w.mean, w.scratch);
+    });
+  }
+
+  // The gradient of an output as its readers carry it: sum_r a_r g_r + b (output - centre) + c, of every channel.
+  struct Carried {
+    std::map<int64_t, std::vector<double>> readers;  // by number: a (C)
+    std::vector<double> slope, centre, shift;
+    const T* output;
+  };
+
+  // grads: of all readers. An output that nobody reads has no readers.
+  void backward(const T* x, const std::vector<const T*>& grads, const Carried& max,
+                const Carried& avg, T* dx) const {
+    const Tables numbers[] = {numbers_of(max), numbers_of(avg)};
+    const bool has_max = !max.readers.empty(), has_avg = !avg.readers.empty();
+    differentiate(x, has_max, has_avg, dx, [&](int64_t plane, const PoolRows& r, Windows& w) {
+      w.reader.resize(w.top.empty() ? w.mean.size() : w.top.size());
+      bool started[2] = {};
+      for (size_t i = 0; i < grads.size(); ++i) {
+        bool loaded = false;
+        for (int k = 0; k < 2; ++k)
+          add_reader(grads[i], i, k ? avg : max, numbers[k], plane, r, w, k ? w.mean : w.top,
+                     started[k], loaded);
+      }
+    });
+  }
+
+ private:
+  // Packed rows of one group of planes: of the gradients of both outputs, and of one reader's.
+  struct Windows {
+    AlignedVector<acc_t> top, mean, reader;
+    AlignedVector<T> scratch;
+  };
+
+  // Vectors of every lane, for all groups of planes that differ: 1 and a of each reader, and a, b, centre and c of the
+  // first one.
+  struct Tables {
+    AlignedVector<acc_t> scales, first;
+  };
+
+  // load(plane, rows, windows) brings the gradients of the outputs that have one.
+  template <typename F>
+  void differentiate(const T* x, bool max, bool avg, T* dx, F&& load_gradients) const {
     const int64_t windows = std::min(slab_ + 2, p_.oh), rows = source_rows(windows);
     const int64_t wide = (p_.ow + 2) * L_, given = windows * p_.ow * L_;
     parallel([&](Tasks::Worker& worker) {
-      AlignedVector<acc_t> in(g_max ? rows * p_.W * L_ : 0), best(g_max ? rows * wide : 0);
-      AlignedVector<acc_t> column(g_max ? rows * wide : 0, acc_t(-1)), choice(windows * wide);
-      AlignedVector<acc_t> top(g_max ? given : 0), mean(g_avg ? given : 0), spread(2 * wide);
-      AlignedVector<acc_t> out(p_.stride * slab_ * p_.W * L_);
-      AlignedVector<T> scratch(std::max(p_.W, p_.stride * slab_ * p_.W) * L_);
+      AlignedVector<acc_t> in(max ? rows * p_.W * L_ : 0), best(max ? rows * wide : 0);
+      AlignedVector<acc_t> column(max ? rows * wide : 0, acc_t(-1)), choice(windows * wide);
+      AlignedVector<acc_t> spread(2 * wide), out(p_.stride * slab_ * p_.W * L_);
+      Windows w{AlignedVector<acc_t>(max ? given : 0),
+                AlignedVector<acc_t>(avg ? given : 0),
+                {},
+                AlignedVector<T>(std::max(p_.W, p_.stride * slab_ * p_.W) * L_)};
       for (int64_t unit; worker.next(unit);) {
         const int64_t plane = unit / slabs_ * L_, slab = unit % slabs_ * slab_;
         const int64_t row0 = p_.stride * slab;
         const int64_t row1 = std::min(p_.stride * (slab + slab_), p_.H);
         const PoolRows r = rows_of(p_.stride == 1 ? std::max<int64_t>(slab - 1, 0) : slab,
                                    std::min(slab + slab_ + 1, p_.oh));
-        if (g_max) {
-          load(x, source_, plane, r.top, r.bottom, in, scratch);
-          load(g_max, output_, plane, r.first, r.last, top, scratch);
-        }
-        if (g_avg) load(g_avg, output_, plane, r.first, r.last, mean, scratch);
-        pools_.gradient(r, row0, row1, in.data(), g_max ? top.data() : nullptr,
-                        g_avg ? mean.data() : nullptr, best.data(), column.data(), choice.data(),
+        if (max) load(x, source_, plane, r.top, r.bottom, in, w.scratch);
+        load_gradients(plane, r, w);
+        pools_.gradient(r, row0, row1, in.data(), max ? w.top.data() : nullptr,
+                        avg ? w.mean.data() : nullptr, best.data(), column.data(), choice.data(),
                         spread.data(), out.data());
-        planes_.unpack(source_, out.data(), plane, row0, row1 - row0, dx, scratch.data());
+        planes_.unpack(source_, out.data(), plane, row0, row1 - row0, dx, w.scratch.data());
       }
     });
   }
 
- private:
+  Tables numbers_of(const Carried& carried) const {
+    Tables t;
+    if (carried.readers.empty()) return t;
+    const auto append = [&](AlignedVector<acc_t>& to, const std::vector<double>& values,
+                            int64_t j) {
+      for (int64_t l = 0; l < L_; ++l)
+        to.push_back(static_cast<acc_t>(values[(j * L_ + l) % p_.C]));
+    };
+    for (int64_t j = 0; j < tables(); ++j) {
+      for (const auto& [reader, a] : carried.readers) {
+        t.scales.insert(t.scales.end(), L_, acc_t(1));
+        append(t.scales, a, j);
+      }
+      append(t.first, carried.readers.begin()->second, j);
+      append(t.first, carried.slope, j);
+      append(t.first, carried.centre, j);
+      append(t.first, carried.shift, j);
+    }
+    return t;
+  }
+
+  // What reader i adds to the gradient of one output. `started`: whether that has a reader's already; `loaded`: whether
+  // w.reader has this one's.
+  void add_reader(const T* grad, int64_t i, const Carried& carried, const Tables& numbers,
+                  int64_t plane, const PoolRows& r, Windows& w, AlignedVector<acc_t>& to,
+                  bool& started, bool& loaded) const {
+    const auto at = carried.readers.find(i);
+    if (at == carried.readers.end()) return;
+    const int64_t table = plane / L_ % tables(), rows = r.last - r.first;
+    if (!std::exchange(started, true))
+      return planes_.pack_carried(output_, grad, carried.output, plane, r.first, rows, to.data(),
+                                  numbers.first.data() + table * 4 * L_, w.reader.data(),
+                                  w.scratch.data());
+    if (!std::exchange(loaded, true))
+      load(grad, output_, plane, r.first, r.last, w.reader, w.scratch);
+    const int64_t row = table * carried.readers.size() + std::distance(carried.readers.begin(), at);
+    const acc_t* operands[] = {to.data(), w.reader.data()};
+    range_kernels<acc_t>().combine(operands, 2, to.data(), rows * output_.W * L_,
+                                   numbers.scales.data() + row * 2 * L_, nullptr, L_);
+  }
+
+  // How many groups of planes differ in their channels.
+  int64_t tables() const { return std::lcm(p_.C, L_) / L_; }
+
   // The most rows of x that so many rows of windows have.
   int64_t source_rows(int64_t windows) const {
     return std::min(p_.stride * (windows - 1) + 3, p_.H);
@@ -185,9 +276,73 @@ at::Tensor pool_pair_backward_cpu(const std::optional<at::Tensor>& grad_max,
   return dx;
 }
 
+namespace {
+
+// What so many readers carry for one output, with each gradient's place in the list of those of all.
+template <typename T>
+typename PoolPair<T>::Carried carried_of(at::TensorList grads, at::TensorList numbers,
+                                         const at::Tensor& output, int64_t C,
+                                         std::vector<const T*>& all) {
+  typename PoolPair<T>::Carried out;
+  out.slope = out.centre = out.shift = std::vector<double>(C);
+  out.output = const_pointer<T>(output);
+  std::vector<double> plain(4 * C);  // a gradient as it stands
+  std::fill_n(plain.begin(), C, 1.0);
+  bool centred = false;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const T* g = const_pointer<T>(grads[i]);
+    const auto at = std::find(all.begin(), all.end(), g);
+    std::vector<double>& a = out.readers[at - all.begin()];
+    if (at == all.end()) all.push_back(g);
+    const std::vector<double> rows = numbers[i].numel() ? to_doubles(numbers[i]) : plain;
+    a.resize(C);
+    for (int64_t c = 0; c < C; ++c) {
+      const double slope = rows[C + c], centre = rows[2 * C + c];
+      a[c] += rows[c];  // where two readers have the same gradient
+      if (!centred) out.centre[c] = centre;
+      out.slope[c] += slope;
+      out.shift[c] += rows[3 * C + c] + slope * (out.centre[c] - centre);
+    }
+    centred = centred || numbers[i].numel();
+  }
+  return out;
+}
+
+}  // namespace
+
+at::Tensor pool_pair_carried_backward_cpu(at::TensorList grads_max, at::TensorList numbers_max,
+                                          at::TensorList grads_avg, at::TensorList numbers_avg,
+                                          const at::Tensor& max, const at::Tensor& avg,
+                                          const at::Tensor& x, int64_t stride) {
+  const char* op = "pool_pair_carried_backward";
+  check_floating(op, "x", x);
+  const Pools p = check_pools(op, x.sizes(), stride);
+  check_pool_readers(op, p, grads_max, numbers_max, max, x);
+  check_pool_readers(op, p, grads_avg, numbers_avg, avg, x);
+  const at::ScalarType dtype = x.scalar_type();
+  const at::MemoryFormat format = memory_format(x);
+  const at::Tensor source = as_operand(x, dtype, format), top = as_operand(max, dtype, format),
+                   mean = as_operand(avg, dtype, format);
+  const std::vector<at::Tensor> tops = as_operands(grads_max, dtype, format),
+                                means = as_operands(grads_avg, dtype, format);
+  at::Tensor dx = at::empty(x.sizes(), x.options(), format);
+  if (dx.numel() == 0) return dx;
+  dispatch(op, dtype, [&](auto tag) {
+    using T = decltype(tag);
+    std::vector<const T*> all;
+    const auto of_max = carried_of<T>(tops, numbers_max, top, p.C, all);
+    const auto of_avg = carried_of<T>(means, numbers_avg, mean, p.C, all);
+    PoolPair<T>(p, format != at::MemoryFormat::Contiguous)
+        .backward(const_pointer<T>(source), all, of_max, of_avg,
+                  static_cast<T*>(dx.mutable_data_ptr()));
+  });
+  return dx;
+}
+
 }  // namespace fastnas
 
 TORCH_LIBRARY_IMPL(fastnas, CPU, m) {
   m.impl("pool_pair", &fastnas::pool_pair_cpu);
   m.impl("pool_pair_backward", &fastnas::pool_pair_backward_cpu);
+  m.impl("pool_pair_carried_backward", &fastnas::pool_pair_carried_backward_cpu);
 }

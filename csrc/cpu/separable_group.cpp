@@ -186,6 +186,8 @@ separable_group_backward_cpu(at::TensorList grads, at::IntArrayRef present, cons
   out.carried = at::empty({0, 4, group.C}, plain.dtype(acc));
   std::vector<at::Tensor> ddepthwise, dpointwise;
   if (grads[0].numel() == 0) {
+    const std::vector<double> none(kind != kPlain && need_x == kCarried ? 4 * group.C : 0);
+    out.carried = from_doubles(none, {none.empty() ? 0 : 1, 4, group.C}, plain.dtype(acc));
     ddepthwise = zeros(depthwise, need_depthwise);
     dpointwise = zeros(pointwise, need_pointwise);
   } else {

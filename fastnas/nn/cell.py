@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from fastnas import ops
 from fastnas.nn.batch_norm import has_global_hook, hook_tables, make_route
+from fastnas.nn.carriers import Carriers, can_carry
 from fastnas.nn.mixed_op import MixedOp, select_weights
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.recompute import Memory, Recompute
 from fastnas.nn.repeat import Packed
-from fastnas.nn.source import Carriers, call, can_carry, evaluate_source, is_faster
+from fastnas.nn.source import call, evaluate_source, is_faster
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
 from fastnas.ops.mixed_batch_norm import mix_apart
 
@@ -72,7 +73,9 @@ def joins_edges(edges: Sequence[nn.Module], inputs: int = 2) -> TypeGuard[Sequen
 def shares_statistics(edges: Sequence[MixedOp]) -> bool:
     """Whether two edges have a module with buffers in common, but for norms that are fused."""
     stateful = [edge._plan.stateful for edge in edges]
-    return len(frozenset().union(*stateful)) < sum(map(len, stateful))
+    inner = frozenset().union(*stateful)
+    last = frozenset().union(*(edge._plan.last for edge in edges))
+    return len(inner) < sum(map(len, stateful)) or not inner.isdisjoint(last)
 
 
 def _kind(edge: nn.Module) -> int | None:

@@ -24,9 +24,9 @@ class SharedPools:
         """Map ``(N, C, H, W)`` to what each of them returns."""
         return ops.pool_pair(x, self.stride)
 
-    def carry(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
-        """The same with the carriers of what is returned, if any."""
-        return run_pool_pair(x, self.stride, carry=True)
+    def carry(self, x: Tensor, readers: int) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """The same for every reader, with the carriers of what is returned, if any."""
+        return run_pool_pair(x, self.stride, readers)
 
 
 class SharedConvolutions:

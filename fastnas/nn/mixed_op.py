@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,9 +18,11 @@ from fastnas.nn.batch_norm import (
     has_global_hook,
     hook_tables,
     make_route,
+    plain_route,
 )
 from fastnas.nn.candidates import DARTS_PRIMITIVES, build_candidate
-from fastnas.nn.source import Carriers, can_carry, evaluate_source
+from fastnas.nn.carriers import Carriers, can_carry
+from fastnas.nn.source import evaluate_source
 from fastnas.ops._common import stack_weights
 from fastnas.ops.mixed_batch_norm import mix_apart
 
@@ -47,6 +50,8 @@ class Plan(NamedTuple):
     in_place: bool
     #: Identities of what has buffers inside the candidates, but for the norms that they end in.
     stateful: frozenset[int]
+    #: Identities of those norms.
+    last: frozenset[int]
 
     def is_current(self, owner: nn.ModuleList) -> bool:
         """Whether the candidates, and what matters inside them, are still the same objects."""
@@ -61,7 +66,7 @@ class Plan(NamedTuple):
 
 def make_plan(candidates: nn.ModuleList, forms: Mapping[type[nn.Module], Form]) -> Plan:
     """Look at the candidates and decide how each is evaluated."""
-    routes = tuple(make_route(candidate, forms) for candidate in candidates)
+    routes = _apart(tuple(make_route(candidate, forms) for candidate in candidates))
     bypassed = [module for route in routes for module in route.bypassed]
     tables: list[Mapping[str, nn.Module | None]] = [candidates._modules]
     tables += (module._modules for module in bypassed if module._modules)
@@ -69,9 +74,27 @@ def make_plan(candidates: nn.ModuleList, forms: Mapping[type[nn.Module], Form]) 
     bypassed += [module for route in routes for module in route.recipe.bypassed]
     hooks = tuple(table for module in bypassed for table in hook_tables(module))
     in_place = any(map(_changes_input, routes))
+    stateful = frozenset().union(*map(_stateful, routes))
+    last = frozenset(id(route.norm) for route in routes if route.norm is not None)
+    return Plan(candidates, routes, tuple(tables), children, hooks, in_place, stateful, last)
+
+
+def _stateful(route: Route) -> set[int]:
+    """Identities of what has buffers inside a candidate, but for the norm that it ends in."""
+    modules = route.candidate.modules()
+    return {id(module) for module in modules if module._buffers and module is not route.norm}
+
+
+def _apart(routes: tuple[Route, ...]) -> tuple[Route, ...]:
+    """Candidates that share what has buffers, other than their last norms, are called in order."""
+    inner = Counter(number for route in routes for number in _stateful(route))
     last = {id(route.norm) for route in routes}
-    stateful = frozenset(id(m) for m in candidates.modules() if m._buffers and id(m) not in last)
-    return Plan(candidates, routes, tuple(tables), children, hooks, in_place, stateful)
+    shared = {number for number, count in inner.items() if count > 1 or number in last}
+    if not shared:
+        return routes
+    return tuple(
+        plain_route(r.candidate) if shared & {*_stateful(r), id(r.norm)} else r for r in routes
+    )
 
 
 def _children(tables: Iterable[Mapping[str, nn.Module | None]]) -> list[nn.Module | None]:
@@ -98,7 +121,11 @@ class MixedOp(nn.Module):
 
     A candidate with hooks is called as it is, so that they fire; so is one that does not end in
     ``BatchNorm2d`` (``fastnas.nn.batch_norm`` says what is recognised). A ``forward`` that is
-    patched into a candidate later is noticed at the next ``train()`` or ``eval()``.
+    patched into a candidate later, or another setting of a layer in it (stride, padding), is
+    noticed at the next ``train()`` or ``eval()``.
+
+    The backward needs ``x``, which must not be written to before. ``torch.func``, forward-mode
+    differentiation and batched gradients (``is_grads_batched``) are refused with PyTorch's errors.
 
     Args:
         C: channels, in and out.

@@ -10,12 +10,14 @@ stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from fastnas.nn.carriers import Carriers, is_large
 from fastnas.nn.fused import (
     NormConvolution,
     NormConvolutions,
@@ -28,9 +30,7 @@ from fastnas.nn.pool import AVERAGE_POOLS
 from fastnas.ops._common import MAX_CANDIDATES, memory_format
 
 __all__ = [
-    "Carriers",
     "Recipe",
-    "can_carry",
     "evaluate_source",
     "is_faster",
     "make_recipe",
@@ -39,31 +39,6 @@ __all__ = [
 Layer = Callable[[Tensor], Tensor]
 #: How a layer is called with its inputs.
 Run = Callable[..., Any]
-
-
-class Carriers:
-    """Tensors, and what came along with each (``fastnas.ops._carried``)."""
-
-    def __init__(self) -> None:
-        """Nothing yet."""
-        # By identity of the tensor, which is kept, so that it stays its own.
-        self._found: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def put(self, tensors: Iterable[Tensor], carriers: Iterable[Tensor]) -> None:
-        """Note the carriers of the first ``tensors``; there may be none at all."""
-        self._found.update(
-            (id(x), (x, carrier)) for x, carrier in zip(tensors, carriers, strict=False)
-        )
-
-    def take(self, xs: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Those of ``xs``, by their number; for a gradient there is one reader, and no second."""
-        found = {}
-        for i, x in enumerate(xs):
-            if (entry := self._found.get(id(x))) is not None:
-                found[i] = entry[1]
-                if entry[1].requires_grad:
-                    del self._found[id(x)]
-        return found
 
 
 class Recipe(NamedTuple):
@@ -79,7 +54,7 @@ class Recipe(NamedTuple):
     halves: TwoHalves | None = None
     #: All layers as one call, where they are a ReLU and a 1x1 convolution.
     rectified: Rectified | None = None
-    #: Candidates with equal keys return the same tensor.
+    #: Candidates with equal keys return the same tensor, or one in the same memory.
     key: Hashable = None
     #: What follows the shared call, as few calls as possible.
     after: tuple[Layer, ...] = ()
@@ -141,7 +116,7 @@ def evaluate_source(
     Returns:
         For each edge what its candidates return, in their order; some may be the same tensor.
     """
-    if not _carries(x) or _has_repetitions(edges):
+    if carriers is None or not (is_faster("carried", x) and is_large(x)) or _has_repetitions(edges):
         carriers = None
     between = None if carriers is None else Carriers()
     convolved = _convolve(x, edges, run, between) if is_faster("convolutions", x) else {}
@@ -159,8 +134,8 @@ def evaluate_source(
                 h, layers = convolved[id(recipe)], recipe.after
             elif recipe.key is not None:
                 if recipe.key not in shared:
-                    shared[recipe.key] = run(layers[0], x)
-                h, layers = shared[recipe.key], ()
+                    shared[recipe.key] = repeat(run(layers[0], x))
+                h, layers = next(shared[recipe.key]), ()
             elif recipe.rectified is not None and is_faster("rectified", x):
                 layers = (recipe.rectified,)
             if carriers is not None and between is not None and not layers:
@@ -180,23 +155,11 @@ _FASTER = {
     "parts": ("cpu",),  # states with partial channels in two tensors
     "carried": ("cpu",),  # statistics and gradients by carriers
 }
-#: From where on that is: what fills a core's cache.
-_CARRIED_ELEMENTS = 1 << 17
 
 
 def is_faster(way: str, x: Tensor) -> bool:
     """Whether to go that way with ``x``."""
     return x.device.type in _FASTER[way]
-
-
-def can_carry() -> bool:
-    """Whether there is a backward, and gradients may come: torch.compile has to know which do."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _carries(x: Tensor) -> bool:
-    """Whether that is faster for what reads ``x``: writing what stays in a cache costs nothing."""
-    return is_faster("carried", x) and x.numel() >= _CARRIED_ELEMENTS
 
 
 def _has_repetitions(edges: Sequence[Sequence[Recipe]]) -> bool:
@@ -223,7 +186,7 @@ def _convolve(
         for start in range(0, len(group), MAX_CANDIDATES):
             part = group[start : start + MAX_CANDIDATES]
             shared = SharedConvolutions([(r.depthwise, r.pointwise) for r in part if r.depthwise])
-            if carriers is not None and shared.mixing:
+            if carriers is not None and shared.mixing and all(map(_reads_what_it_gets, part)):
                 ys, found = shared.carry(x)
                 carriers.put(ys, found)
             else:
@@ -240,28 +203,40 @@ def _convolve_again(
     carriers: Carriers | None,
 ) -> dict[int, Tensor]:
     """What the second halves of separable convolutions return, where several are alike."""
-    groups: dict[Hashable, list[tuple[int, NormConvolution]]] = {}
+    groups: dict[Hashable, list[tuple[Recipe, NormConvolution]]] = {}
     for recipes in edges:
         for recipe in recipes:
             y, layer = convolved.get(id(recipe)), next(iter(recipe.after), None)
             if y is not None and isinstance(layer, NormConvolution) and layer.pointwise is not None:
-                key = layer.depthwise.stride, y.shape, y.dtype
-                groups.setdefault(key, []).append((id(recipe), layer))
+                assert recipe.depthwise is not None  # or nothing would be behind it
+                # No sizes: torch.export may have none but symbols for them.
+                key = recipe.depthwise.stride, layer.depthwise.stride, y.dtype
+                groups.setdefault(key, []).append((recipe, layer))
     outputs: dict[int, Tensor] = {}
     for group in groups.values():
         for start in range(0, len(group), MAX_CANDIDATES):
             part = group[start : start + MAX_CANDIDATES]
             if len(part) > 1:
                 shared = NormConvolutions([layer for _, layer in part])
-                xs = [convolved[number] for number, _ in part]
-                if carriers is not None and given is not None:
+                xs = [convolved[id(recipe)] for recipe, _ in part]
+                last = all(len(recipe.after) == 1 for recipe, _ in part)
+                if carriers is not None and given is not None and last:
                     known = given.take(xs)
                     ys, found = shared.carry(xs, [*known.values()] if len(known) == len(xs) else [])
                     carriers.put(ys, found)
                 else:
                     ys = run(shared, *xs)
-                outputs.update((number, y) for (number, _), y in zip(part, ys, strict=True))
+                outputs.update((id(recipe), y) for (recipe, _), y in zip(part, ys, strict=True))
     return outputs
+
+
+def _reads_what_it_gets(recipe: Recipe) -> bool:
+    """Whether nothing but a sum or a convolution of ours reads what a leading convolution returns.
+
+    Any other layer would get a tensor without its carrier, and might write to it, return it as it
+    is, or show it to others.
+    """
+    return not recipe.after or isinstance(recipe.after[0], NormConvolution)
 
 
 def _halve(
@@ -292,20 +267,25 @@ def _pool(
     edges: Sequence[Sequence[Recipe]],
     run: Run,
     carriers: Carriers | None,
-) -> dict[Hashable, Tensor]:
-    """What pools return that have one of the other kind beside them, by key of the recipe."""
-    keys = {recipe.key for recipes in edges for recipe in recipes}
-    outputs: dict[Hashable, Tensor] = {}
+) -> dict[Hashable, Iterator[Tensor]]:
+    """What pools return that have one of the other kind beside them, by key of the recipe.
+
+    For every recipe with that key one tensor: the same, or one in the same memory.
+    """
+    counts = Counter(recipe.key for recipes in edges for recipe in recipes)
+    outputs: dict[Hashable, Iterator[Tensor]] = {}
     for stride, pair in _POOL_PAIRS.items():
-        if not keys.issuperset(pair):
+        if not counts.keys() >= set(pair):
             continue
         shared = SharedPools(stride)
-        if carriers is not None:
-            ys, found = shared.carry(x)
+        if carriers is None:
+            outputs.update(zip(pair, map(repeat, run(shared, x)), strict=True))
+            continue
+        for key, ys, found in zip(
+            pair, *shared.carry(x, max(counts[key] for key in pair)), strict=True
+        ):
             carriers.put(ys, found)
-        else:
-            ys = run(shared, x)
-        outputs.update(zip(pair, ys, strict=True))
+            outputs[key] = iter(ys)
     return outputs
 
 

@@ -18,8 +18,8 @@ gets both, and both have one dtype. Where no numbers arrive, as under ``create_g
 of the output is what it always is; and since the graph that is created then reads the inputs once
 more, a reader sends numbers no more after that.
 
-A maker that could do nothing with numbers, or whose outputs have several readers, returns a carrier
-that is not differentiable: it is for the way forward alone.
+Where an output has several readers, as a pool's has, the maker returns it once for each, all in the
+same memory: each with a carrier and a gradient of its own, which nobody has to add up.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def mix_apart(
 ) -> Tensor:
     """:func:`mixed_batch_norm` of inputs of which some come with their statistics.
 
-    ``carriers`` has, by number of such an input, what came with it (``fastnas.ops._carried``). If
-    that is differentiable, the gradient of the input is finished by its maker.
+    ``carriers`` has, by number of such an input, what came with it (``fastnas.ops._carried``). The
+    gradient of that input is finished by its maker.
     """
     check_candidates("mixed_batch_norm", xs)
     w = as_weights("mixed_batch_norm", weights, xs)
@@ -140,8 +140,8 @@ class MixedBatchNorm(torch.autograd.Function):
             return (*head, *(None,) * len(carried), *grads)
         grad = grad.contiguous(memory_format=ctx.format)
         ways = [int(n) for n in need[: len(xs)]]
-        for k, differentiable in zip(carried, ctx.needs_input_grad[4:], strict=False):
-            ways[k] *= CARRIED if differentiable and ctx.alone else WRITTEN
+        for k in carried:
+            ways[k] *= CARRIED if ctx.alone else WRITTEN
         dxs, dw, dgamma, dbeta, numbers = torch.ops.fastnas.mixed_batch_norm_backward(
             grad, xs, weights, mean, var, kinds, eps, affine, gammas, betas, ways, need_w
         )

@@ -53,58 +53,85 @@ def pool_pair(x: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
         )
     if type(stride) is not int or stride not in (1, 2):
         raise ValueError(f"pool_pair: expected stride 1 or 2, but got {stride!r}")
-    return run_pool_pair(x, stride)[0]
+    return PoolPair.apply(x, stride, 0)
 
 
 def run_pool_pair(
-    x: Tensor, stride: int, carry: bool = False
-) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    x: Tensor, stride: int, readers: int
+) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """The same without the checks at the door, for callers inside; the kernels check shapes too.
 
-    Returns with the outputs their carriers (``fastnas.ops._carried``), if any: with statistics
-    alone, since every edge that leaves the source may read the outputs.
+    Returns each output once for every reader, all in the same memory, and as often their carriers
+    (``fastnas.ops._carried``), if any.
     """
-    top, mean, *carriers = PoolPair.apply(x, stride, count_carriers(x, 2, carry) > 0)
-    return (top, mean), carriers
+    carries = count_carriers(x, readers, True) > 0
+    found = list(PoolPair.apply(x, stride, readers if carries else 0))
+    if not carries:
+        return [[y] * readers for y in found], [[], []]
+    rows = [found[i : i + readers] for i in range(0, len(found), readers)]
+    return rows[:2], rows[2:]
 
 
 class PoolPair(torch.autograd.Function):
-    """Autograd of :func:`pool_pair`; the second derivative goes through the reference."""
+    """Autograd of :func:`pool_pair`; the second derivative goes through the reference.
+
+    Its arguments are x, the stride and the number of readers that the outputs are returned apart
+    for, with carriers; 0 for outputs that may have any, without.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stride: int, carry: bool) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, stride: int, readers: int) -> tuple[Tensor, ...]:
         """Outputs, and carriers, of the device's kernel, or the reference where there is none."""
-        ctx.save_for_backward(x)
-        ctx.stride, ctx.format = stride, memory_format(x)
+        ctx.stride, ctx.format, ctx.readers = stride, memory_format(x), readers
         ctx.set_materialize_grads(False)
         if has_kernels(x.device.type):
-            top, mean, made = torch.ops.fastnas.pool_pair(x, stride, carry)
+            top, mean, made = torch.ops.fastnas.pool_pair(x, stride, readers > 0)
         else:
             top, mean = reference.pool_pair(x, stride)
-            made = make_carriers([top, mean] if carry else [])
-        if made:
-            ctx.mark_non_differentiable(*made)
-        return (top, mean, *made)
+            made = make_carriers([top, mean] if readers else [])
+        ctx.save_for_backward(x, *([top, mean] if readers else []))
+        if not readers:
+            return top, mean
+        return tuple(t.detach() for t in (top, mean, *made) for _ in range(readers))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         """Gradient of ``x`` from those of the outputs that have one."""
-        (x,) = ctx.saved_tensors
-        grads = grads[:2]
-        given = [g for g in grads if g is not None]
+        x, *outputs = ctx.saved_tensors
+        count = ctx.readers or 1
+        rows = [list(grads[i : i + count]) for i in range(0, len(grads), count)]
+        given = [g for row in rows[:2] for g in row if g is not None]
         if not given:
             return None, None, None
         if torch.is_grad_enabled() or not has_kernels(x.device.type):
+            ys = [i for i, row in enumerate(rows[:2]) for g in row if g is not None]
 
             def composite(x: Tensor) -> list[Tensor]:
-                ys = reference.pool_pair(x, ctx.stride)
-                return [y for y, g in zip(ys, grads, strict=True) if g is not None]
+                both = reference.pool_pair(x, ctx.stride)
+                return [both[i] for i in ys]
 
             (dx,) = differentiate(composite, (x,), [True], given)
             return dx, None, None
-        top, mean = (g if g is None else g.contiguous(memory_format=ctx.format) for g in grads)
-        size = list(x.shape[2:])
-        return torch.ops.fastnas.pool_pair_backward(top, mean, x, size, ctx.stride), None, None
+        rows[:2] = [
+            [g if g is None else g.contiguous(memory_format=ctx.format) for g in row]
+            for row in rows[:2]
+        ]
+        if not ctx.readers:
+            size = list(x.shape[2:])
+            (top,), (mean,) = rows
+            dx = torch.ops.fastnas.pool_pair_backward(top, mean, x, size, ctx.stride)
+            return dx, None, None
+        none = x.new_empty(0)
+        lists = []
+        for row, numbers in zip(rows[:2], rows[2:], strict=True):
+            pairs = [
+                (g, none if n is None else n)
+                for g, n in zip(row, numbers, strict=True)
+                if g is not None
+            ]
+            lists += [[g for g, _ in pairs], [n for _, n in pairs]]
+        dx = torch.ops.fastnas.pool_pair_carried_backward(*lists, *outputs, x, ctx.stride)
+        return dx, None, None
 
 
 @torch.library.register_fake("fastnas::pool_pair")
@@ -113,6 +140,22 @@ def _(x: Tensor, stride: int, carry: bool) -> tuple[Tensor, Tensor, list[Tensor]
     shape = (n, c, *((size + stride - 1) // stride for size in space))
     carriers = [x.new_empty(4, c) for _ in range(2)] if carry else []
     return fake_like(x, x.dtype, shape), fake_like(x, x.dtype, shape), carriers
+
+
+@torch.library.register_fake("fastnas::pool_pair_carried_backward")
+def _(
+    grads_max: list[Tensor],
+    numbers_max: list[Tensor],
+    grads_avg: list[Tensor],
+    numbers_avg: list[Tensor],
+    max: Tensor,
+    avg: Tensor,
+    x: Tensor,
+    stride: int,
+) -> Tensor:
+    tensors = (x, max, avg, *grads_max, *grads_avg, *numbers_max, *numbers_avg)
+    check_devices("pool_pair_carried_backward", *tensors)
+    return fake_like(x, x.dtype)
 
 
 @torch.library.register_fake("fastnas::pool_pair_backward")

@@ -177,7 +177,7 @@ def _(
         [w.new_empty(w.shape) for w, need in zip(weights, needs, strict=True) if need]
         for weights, needs in ((depthwise, need_depthwise), (pointwise, need_pointwise))
     )
-    rows = int(gamma is not None and kind != PLAIN and (need_x or need_norm))
+    rows = int(gamma is not None and kind != PLAIN and bool(need_x or need_norm))
     dgamma = x.new_empty(rows, x.shape[1], dtype=reference.accumulate_dtype(grads[0].dtype))
     numbers = dgamma.new_empty(int(need_x == CARRIED and kind != PLAIN), 4, x.shape[1])
     return dx, ddepthwise, dpointwise, dgamma, torch.empty_like(dgamma), numbers

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.nn.batch_norm import FORMS, Form, has_global_hook
+from fastnas.nn.carriers import carrying_anything
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.proof.forms import proved_forms
@@ -159,6 +160,7 @@ def plain_mode(device: torch.device) -> Iterator[None]:
         modes.enter_context(torch.inference_mode(False))  # which turns gradients on as well
         if torch.amp.is_autocast_available(device.type):
             modes.enter_context(torch.autocast(device.type, enabled=False))
+        modes.enter_context(carrying_anything())
         yield
 
 
