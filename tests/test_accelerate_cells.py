@@ -181,7 +181,7 @@ def test_cellsof_ours_are_not_looked_at():
 def test_the_report_tells_of_cells():
     model = Cells(make_cell(), make_cell(REFUSED["scaled"][0]))
     lines = str(fastnas.accelerate(model)).split("\n")
-    assert lines[0] == "accelerate: 10 mixed ops and 1 cells swapped, 1 left"
+    assert lines[0] == "accelerate: 10 mixed ops and 1 cell swapped, 1 left"
     assert lines[2] == "  1 x Cell: 30 of 40 candidates of its mixed ops with a fused BatchNorm"
     assert lines[3].startswith("  left cells.1: it computes something else: the output differs")
 
@@ -226,6 +226,29 @@ def test_other_calls_than_those_proved_take_the_original(joined_calls):
     cell._multiplier = original._multiplier = 1
     check(0, *given)
     assert original(*given).shape != expected.shape
+
+
+def test_settings_of_any_name(joined_calls):
+    """Seen to be the same at every call; where one is not, the cell does what it did."""
+
+    def forward(self, s0, s1, weights):
+        states, offset = [self.preprocess0(s0), self.preprocess1(s1)], 0
+        for _ in range(self.count):
+            pairs = zip(self._ops[offset:], states, weights[offset:], strict=False)
+            states.append(sum(op(h, w) for op, h, w in pairs))
+            offset += len(states) - 1
+        return torch.cat(states[-self.mult :], dim=1)
+
+    cell = make_cell(forward, count=2, mult=2).double()
+    original = copy.deepcopy(cell)
+    assert kinds(fastnas.accelerate(Cells(cell))).count("Cell") == 1
+    given = arguments_of(cell)
+    joined_calls.clear()
+    for nodes, mult in ((1, 2), (1, 3), (2, 2)):
+        cell.mult = original.mult = mult
+        torch.testing.assert_close(cell(*given), original(*given), rtol=1e-10, atol=1e-10)
+        assert len(joined_calls) == nodes
+    assert original(*given).shape[1] == 8
 
 
 def test_the_cell_stays_what_it_was():

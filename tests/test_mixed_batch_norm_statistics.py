@@ -309,15 +309,28 @@ def test_autograd_sees_that_the_statistics_were_written():
 SPECIAL = (0.0, -1.5, 3e38, -3e38, float("inf"), -float("inf"), float("nan"))
 
 
+@pytest.mark.parametrize("momentum", [0.1, 0.5, 1.0])
+def test_after_an_infinity(momentum):
+    """A running mean that became infinite stays so in batches of finite values."""
+    norms = [nn.BatchNorm2d(3, momentum=momentum) for _ in range(2)]
+    x = torch.randn(2, 3, 4, 4)
+    x[0, 1, 2, 3] = float("inf")
+    for values in (x, x.nan_to_num(0, 0, 0)):
+        mixed_batch_norm([values], [1.0], norms[:1])
+        norms[1](values)
+        for a, b in zip(norms[0].buffers(), norms[1].buffers(), strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_statistics_move_as_by_lerp(dtype, momentum):
+def test_statistics_move_as_those_of_batch_norm(dtype, momentum):
     """Infinities and NaN leave what they leave there; what overflows on the way only does not."""
     running, new = torch.cartesian_prod(*[torch.tensor(SPECIAL, dtype=dtype)] * 2).unbind(1)
     running, new = (
         torch.cat([special, torch.randn(30, dtype=dtype)]) for special in (running, new)
     )
-    expected = running.double().lerp(new.double(), momentum)
+    expected = momentum * new.double() + (1 - momentum) * running.double()
     means, variances, counter = running.clone(), running.clone(), torch.tensor(7)
     move = torch.ops.fastnas.update_running_statistics
     statistics = torch.stack([torch.zeros_like(new), new])

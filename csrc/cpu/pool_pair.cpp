@@ -76,7 +76,8 @@ class PoolPair {
   struct Carried {
     std::map<int64_t, std::vector<double>> readers;  // by number: a (C)
     std::vector<double> slope, centre, shift;
-    const T* output;
+    const T* output =
+        nullptr;  // null where slope and shift are zeros: values that are not finite do not count then
   };
 
   // grads: of all readers. An output that nobody reads has no readers.
@@ -103,7 +104,7 @@ class PoolPair {
     AlignedVector<T> scratch;
   };
 
-  // Vectors of every lane, for all groups of planes that differ: 1 and a of each reader, and a, b, centre and c of the
+  // Vectors of every lane, for all groups of planes that differ: a and 1 of each reader, and a, b, centre and c of the
   // first one.
   struct Tables {
     AlignedVector<acc_t> scales, first;
@@ -148,8 +149,8 @@ class PoolPair {
     };
     for (int64_t j = 0; j < tables(); ++j) {
       for (const auto& [reader, a] : carried.readers) {
-        t.scales.insert(t.scales.end(), L_, acc_t(1));
         append(t.scales, a, j);
+        t.scales.insert(t.scales.end(), L_, acc_t(1));
       }
       append(t.first, carried.readers.begin()->second, j);
       append(t.first, carried.slope, j);
@@ -167,15 +168,16 @@ class PoolPair {
     const auto at = carried.readers.find(i);
     if (at == carried.readers.end()) return;
     const int64_t table = plane / L_ % tables(), rows = r.last - r.first;
-    if (!std::exchange(started, true))
+    const bool first = !std::exchange(started, true);
+    if (first && carried.output)
       return planes_.pack_carried(output_, grad, carried.output, plane, r.first, rows, to.data(),
                                   numbers.first.data() + table * 4 * L_, w.reader.data(),
                                   w.scratch.data());
     if (!std::exchange(loaded, true))
       load(grad, output_, plane, r.first, r.last, w.reader, w.scratch);
     const int64_t row = table * carried.readers.size() + std::distance(carried.readers.begin(), at);
-    const acc_t* operands[] = {to.data(), w.reader.data()};
-    range_kernels<acc_t>().combine(operands, 2, to.data(), rows * output_.W * L_,
+    const acc_t* operands[] = {w.reader.data(), to.data()};
+    range_kernels<acc_t>().combine(operands, first ? 1 : 2, to.data(), rows * output_.W * L_,
                                    numbers.scales.data() + row * 2 * L_, nullptr, L_);
   }
 
@@ -285,7 +287,6 @@ typename PoolPair<T>::Carried carried_of(at::TensorList grads, at::TensorList nu
                                          std::vector<const T*>& all) {
   typename PoolPair<T>::Carried out;
   out.slope = out.centre = out.shift = std::vector<double>(C);
-  out.output = const_pointer<T>(output);
   std::vector<double> plain(4 * C);  // a gradient as it stands
   std::fill_n(plain.begin(), C, 1.0);
   bool centred = false;
@@ -305,6 +306,7 @@ typename PoolPair<T>::Carried carried_of(at::TensorList grads, at::TensorList nu
     }
     centred = centred || numbers[i].numel();
   }
+  if (centred) out.output = const_pointer<T>(output);
   return out;
 }
 

@@ -3,8 +3,6 @@
 // numbers, so that calls of their own would take most of the time.
 #include <torch/library.h>
 
-#include <cmath>
-
 #include "../check.h"
 #include "dispatch.h"
 
@@ -28,15 +26,14 @@ void check_running(const char* name, at::TensorList running, const at::Tensor& r
   }
 }
 
-// torch.lerp's two forms, each exact at its end, in double precision. The choice keeps what an infinity leaves.
+// As PyTorch's BatchNorm on a CPU, in double precision: by a difference, an infinity would become NaN in the next step.
 template <typename T>
 void move(const at::Tensor& running, const T* row, double scale, double momentum) {
   T* to = static_cast<T*>(running.mutable_data_ptr());
   const int64_t C = running.numel(), step = C ? running.stride(0) : 1;
-  const bool near = std::abs(momentum) < 0.5;
   for (int64_t c = 0; c < C; ++c) {
-    const double old = to[c * step], value = row[c] * scale, way = value - old;
-    to[c * step] = static_cast<T>(near ? old + momentum * way : value - way * (1 - momentum));
+    const double old = to[c * step], value = row[c] * scale;
+    to[c * step] = static_cast<T>(momentum * value + (1 - momentum) * old);
   }
 }
 

@@ -92,7 +92,8 @@ class Report:
                 "named `_ops` and a forward(x, weights) that is not one of ours already"
             )
         cells = sum(s.kind == CELL for s in self.swapped)
-        what = f"{len(self.swapped) - cells} mixed ops" + (f" and {cells} cells" if cells else "")
+        what = f"{len(self.swapped) - cells} mixed ops"
+        what += f" and {cells} cell{'s' * (cells != 1)}" if cells else ""
         lines = [f"accelerate: {what} swapped, {len(self.left)} left"]
         kinds = Counter((s.kind, s.fused, s.candidates, s.apart) for s in self.swapped)
         for (kind, fused, candidates, apart), count in kinds.items():
@@ -134,7 +135,7 @@ def accelerate(model: nn.Module, *, cells: bool = True) -> Report:
     a subclass of the former one, of the same name. Whenever it is called in another way than was
     proved (weights in a list, hooks on its mixed ops, settings that changed since), it takes the
     ``forward`` that it had. It is left if it does more, if it has hooks, reads settings other than
-    its numbers of nodes, or draws random numbers, and if one of its mixed ops was left.
+    integers, names and switches, or draws random numbers, and if one of its mixed ops was left.
 
     The proof has two legs. In copies, in float64, both are run on random data and compared. And
     what the ``forward`` does beside calling its candidates is followed: it may multiply, add and

@@ -41,9 +41,9 @@ def is_large(x: Tensor) -> bool:
     return x.numel() >= _CARRIED_ELEMENTS
 
 
-def can_carry() -> bool:
-    """Whether there is a backward, and gradients may come: torch.compile has to know which do."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def can_carry(training: bool) -> bool:
+    """Whether statistics and gradients are wanted, and torch.compile need not know which come."""
+    return training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 @contextmanager

@@ -124,7 +124,8 @@ def run_nodes(
     elif k > 1:
         factors = op_weights.new_ones(len(edges))
     rows = op_weights.unbind(0)
-    carriers = Carriers() if memory == "default" and can_carry() else None
+    carry = memory == "default" and can_carry(edges[0].training)
+    carriers = Carriers() if carry else None
     again = Recompute() if memory == "low" and Recompute.is_possible() else None
     arrivals: list[list[_Arrival]] = [[] for _ in starts]
 

@@ -232,7 +232,8 @@ class MixedOp(nn.Module):
         """
         self._check(x, weights)
         carriers = Carriers()
-        xs, weights, norms = self._evaluate(x, weights, carriers if can_carry() else None)
+        carry = can_carry(self.training)
+        xs, weights, norms = self._evaluate(x, weights, carriers if carry else None)
         y = mix_apart(xs, weights, norms, carriers.take(xs))
         if y.dtype != x.dtype and any(route.zero for route in self._plan.routes):
             # `none` would have returned x's dtype, under autocast wider than a convolution's.

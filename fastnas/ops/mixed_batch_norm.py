@@ -141,7 +141,8 @@ class MixedBatchNorm(torch.autograd.Function):
         grad = grad.contiguous(memory_format=ctx.format)
         ways = [int(n) for n in need[: len(xs)]]
         for k in carried:
-            ways[k] *= CARRIED if ctx.alone else WRITTEN
+            # By other statistics than the batch's nothing but the gradient counts, not even a NaN.
+            ways[k] *= CARRIED if ctx.alone and kinds[k] == BATCH else WRITTEN
         dxs, dw, dgamma, dbeta, numbers = torch.ops.fastnas.mixed_batch_norm_backward(
             grad, xs, weights, mean, var, kinds, eps, affine, gammas, betas, ways, need_w
         )

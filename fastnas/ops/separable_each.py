@@ -16,7 +16,7 @@ from fastnas.ops._common import autocast_dtype, check_candidates, differentiate,
 from fastnas.ops._mixed import split_tensors, used_statistics
 from fastnas.ops._norms import Norm, gather_norms, spread, update_running_statistics
 from fastnas.ops.depthwise_group import check_depthwise
-from fastnas.ops.reference import RUNNING
+from fastnas.ops.reference import BATCH, RUNNING
 from fastnas.ops.separable_group import check_pointwise
 
 _OP = "separable_each"
@@ -227,6 +227,7 @@ def _gradients(
     grad, number, y = came
     if grad is None or not any(need):
         return (None,) * 6
+    carry = carry and kind == BATCH  # or a NaN in x would count, where only the gradient does
     x, scale, shift, depthwise, pointwise = tensors
     need_x, need_scale, need_shift, need_depthwise, need_pointwise = map(bool, need)
     carried = with_outputs([number], [x if y is None else y])

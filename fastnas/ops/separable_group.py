@@ -138,7 +138,7 @@ def _(
     carrier: Tensor | None,
     carry: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
-    optional = [t for t in (gamma, beta, running_mean, running_var) if t is not None]
+    optional = [t for t in (gamma, beta, running_mean, running_var, carrier) if t is not None]
     check_devices(_OP, x, *optional, *depthwise, *pointwise)
     n, c, *space = x.shape
     shape = (n, c, *((size + stride - 1) // stride for size in space))

@@ -37,9 +37,8 @@ from fastnas.nn.proof.verdict import channels_of, device_of, dtypes_of, form_of,
 
 __all__ = ["CellJudge", "CellVerdict", "Joined", "mixed_ops", "run_cell"]
 
-# Settings of the published cells that are fixed when the cell is built.
-_FIXED = ("_steps", "_multiplier", "steps", "multiplier", "reduction")
-_READ = frozenset(("_ops", "preprocess0", "preprocess1", "training", *_FIXED))
+# What a forward may read besides settings.
+_READ = frozenset(("_ops", "preprocess0", "preprocess1", "training"))
 # Not square, as for mixed ops, and small: a cell has all candidates of all its edges.
 _BATCH, _HEIGHT, _WIDTH = 2, 8, 4
 _RANDOM = "it draws random numbers, which would come in another order"
@@ -124,9 +123,7 @@ class CellJudge:
         if has_global_hook():
             return CellVerdict("hooks for every module are registered, which the nodes would skip")
         reading = read(cell)
-        # A list would be the same object after it changed.
-        lists = {n for n in reading.settings & set(_FIXED) if not _is_fixed(getattr(cell, n, None))}
-        settings = sorted(reading.settings - _READ | lists)
+        settings = sorted(reading.settings - _READ - _fixed_settings(cell, reading).keys())
         if settings:
             return CellVerdict(f"its forward reads settings that may change: {', '.join(settings)}")
         if reading.fault is not None:
@@ -198,8 +195,14 @@ class CellJudge:
         return self._faults[key]
 
 
-def _is_fixed(value: object) -> bool:
-    return isinstance(value, (bool, int, float, str, type(None)))
+def _fixed_settings(cell: nn.Module, reading: Reading) -> dict[str, object]:
+    """What the forward reads that can be seen to be the same at a later call, as numbers of nodes.
+
+    A list would be the same object after it changed, and what a property returns may change in the
+    middle; a float is a factor, and those are made to change.
+    """
+    found = {n: inspect.getattr_static(cell, n, ...) for n in sorted(reading.settings - _READ)}
+    return {n: v for n, v in found.items() if isinstance(v, (bool, int, str, type(None)))}
 
 
 def _arguments(cell: nn.Module) -> list[inspect.Parameter]:
@@ -283,7 +286,7 @@ class _Subject:
         parameters = _arguments(cell)
         self.optional = len(parameters) > 3 and parameters[3].default is None
         self.ways = tuple(self._find_ways(len(parameters)))
-        self.settings = tuple((n, getattr(cell, n)) for n in _FIXED if n in reading.settings)
+        self.settings = tuple(_fixed_settings(cell, reading).items())
 
     def _find_ways(self, arguments: int) -> Iterator[Way]:
         three = ("s0", "s1", "weights")
