@@ -45,8 +45,8 @@ class MadeStatistics {
    private:
     friend class MadeStatistics;
 
-    // Close to the mean of all, so that nothing cancels: a piece is never less than a thirtieth of a block, and so its
-    // mean within six standard deviations.
+    // Close to the mean of all, so that nothing cancels: a piece is never less than a sixty-fourth of a block, and so
+    // its mean within eight standard deviations.
     void centre_at_mean(const A* x, int64_t pixels, int64_t width, int64_t distance) {
       A* centre = running_.data();
       std::fill_n(centre, lanes_, A{});

@@ -64,8 +64,8 @@ def load(
         known = ", ".join([DEFAULT, *(f"{name}:DIR" for name in _WITH_DIRECTORY)])
         hint = " (a directory must follow its colon)" if kind in _WITH_DIRECTORY else ""
         raise ValueError(
-            f"data: unknown specification {spec!r}{hint}; there are {known} (a run on Datasets "
-            "from Python is evaluated and continued there, with the same `data=`)"
+            f"data: unknown specification {spec!r}{hint}; there are {known}. If it is the name of "
+            "Datasets that a run had from Python, go on with that run there, with the same `data=`"
         )
     # Path.expanduser raises where there is no such user.
     directory = ASSETS / DEFAULT if spec == DEFAULT else Path(os.path.expanduser(rest))
