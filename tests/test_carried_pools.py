@@ -142,6 +142,26 @@ def test_every_recipe_has_a_tensor_of_its_own(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(xs, plain, strict=True))
 
 
+@pytest.mark.parametrize("channels", [3, 16])
+def test_the_numbers_are_what_the_gradient_is_made_of(channels):
+    """Each reader's with a centre of its own."""
+    x = cases.make((2, channels, 5, 6), F64)
+    top, mean, _ = torch.ops.fastnas.pool_pair(x, 1, False)
+    numbers = [cases.make((4, channels), F64, seed=i) for i in range(5)]
+    gradients = [cases.make(x.shape, F64, seed=10 + i) for i in range(5)]
+
+    def total(y, rows):
+        parts = [(g, n[:, :, None, None].unbind(0)) for g, n in rows]
+        return sum(a * g + b * (y - centre) + c for g, (a, b, centre, c) in parts)
+
+    rows = [*zip(gradients, numbers, strict=True)]
+    written = total(top, rows[:3]), total(mean, rows[2:])
+    expected = torch.ops.fastnas.pool_pair_backward(*written, x, [5, 6], 1)
+    lists = gradients[:3], numbers[:3], gradients[2:], numbers[2:]
+    found = torch.ops.fastnas.pool_pair_carried_backward(*lists, top, mean, x, 1)
+    assert_near([found], [expected])
+
+
 def test_the_raw_op_checks_its_arguments():
     x, n = torch.ones(2, 3, 4, 4), torch.ones(4, 3)
     op, name = torch.ops.fastnas.pool_pair_carried_backward, "pool_pair_carried_backward: expected"

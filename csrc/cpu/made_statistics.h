@@ -6,6 +6,7 @@
 // one channel each. Blocks are folded one after the other in double, so that results are the same for every number of
 // threads.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -111,8 +112,8 @@ class MadeStatistics {
  private:
   const RangeKernels<A>& kernels_;
   int64_t blocks_, lanes_;
-  std::unique_ptr<double[]>
-      partial_;  // of a block: how many values a lane has, means, squared deviations
+  // Of a block: how many values a lane has, means, squared deviations.
+  std::unique_ptr<double[]> partial_;
 };
 
 }  // namespace fastnas

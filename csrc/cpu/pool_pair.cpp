@@ -76,8 +76,8 @@ class PoolPair {
   struct Carried {
     std::map<int64_t, std::vector<double>> readers;  // by number: a (C)
     std::vector<double> slope, centre, shift;
-    const T* output =
-        nullptr;  // null where slope and shift are zeros: values that are not finite do not count then
+    // Null where slope and shift are zeros: values that are not finite do not count then.
+    const T* output = nullptr;
   };
 
   // grads: of all readers. An output that nobody reads has no readers.
