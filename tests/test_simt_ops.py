@@ -29,6 +29,8 @@ from fastnas.ops import (
     multi_target_sum,
     partial_channel_mix,
     pool_pair,
+    relu_pointwise,
+    separable_group,
 )
 
 pytestmark = [
@@ -45,14 +47,14 @@ SELECTED = {
     # Thousands of pixels of the largest images say nothing new.
     "depthwise_group": "not 97_90",
     "batch_norm_depthwise": "not 97_90",
-    # Composed of PyTorch's convolutions, which are the CPU's here; in bfloat16 oneDNN's are wrong
-    # on some CPUs (the gradient of 256 and more channels from few).
+    # With many channels composed of PyTorch's convolutions, which are the CPU's here; in bfloat16
+    # oneDNN's are wrong on some CPUs (the gradient of 256 and more channels from few).
     "relu_pointwise": "not threads and not bfloat16",
     # On a GPU the mean of a channel with an infinity is NaN.
     "mixed_batch_norm_statistics": "not infinity",
     # Composed of ops that are tested here as they are.
     "separable_each": "several or subset or without",
-    "separable_group": "several or subset or without or raw_ops",
+    "separable_group": "several or subset or without or raw_ops or any_view",
 }
 
 
@@ -110,7 +112,8 @@ SHAPED = [
     for n in CALLS
     if " of " not in n
     and n not in WITHOUT_IMAGES
-    and not n.startswith(("separable", "relu"))  # which launch nothing of their own
+    # Which leave many channels to PyTorch: test_products_of_few_channels.
+    and not n.startswith(("separable", "relu"))
     and has_cuda_kernels(n)
 ]
 
@@ -219,6 +222,56 @@ def test_indices_beyond_the_narrow_ones(limit, layout, simt, tolerances):
     for k, (a, b, c) in enumerate(zip(wide, ordinary, expected, strict=True)):
         cases.assert_bitwise(a, b, str(k))
         cases.assert_near(a, c, tolerances, str(k))
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+def test_products_of_few_channels(dtype, layout, simt, tolerances):
+    """Around fours, eights and the most of channels; around vectors, tiles and blocks of pixels."""
+    shapes = [(1, 1), (4, 4), (3, 5), (16, 16), (64, 7), (5, 64), (20, 36), (64, 64), (63, 33)]
+    pixels = [(1, 1, 1), (1, 1, 3), (2, 2, 2), (3, 5, 7), (1, 4, 32), (2, 8, 8), (1, 1, 129)]
+    pixels += [(2, 23, 23), (1, 33, 64)]
+    seen = 0
+    for n, (inputs, outputs) in enumerate(shapes):
+        for m, (N, H, W) in enumerate(pixels):
+            if (n + m) % 3:  # every pair of neighbours is enough
+                continue
+            x = cases.make((N, inputs, H, W), dtype, layout, seed=n).requires_grad_()
+            weight = cases.make((outputs, inputs, 1, 1), dtype, seed=m).requires_grad_()
+            grad = cases.make((N, outputs, H, W), dtype, layout, seed=n + m)
+            before = simt.launches()
+            with cuda_kernels(simt):
+                y = relu_pointwise(x, weight)
+                results = [y, *torch.autograd.grad(y, [x, weight], grad)]
+            assert simt.launches() == before + 4
+            x, weight, grad = cases.in_double([x, weight, grad])
+            y = torch.nn.functional.conv2d(x.relu(), weight)
+            expected = [y, *torch.autograd.grad(y, [x, weight], grad)]
+            for k, (a, b) in enumerate(zip(results, expected, strict=True)):
+                cases.assert_near(a, b, tolerances, f"{(inputs, outputs, N, H, W)} result {k}")
+            seen += 1
+    assert seen == 27
+
+
+def test_launches_of_separable_convolutions(simt):
+    """What a call costs on a GPU: small images are done sooner than their kernels are launched."""
+    x = cases.make((2, 8, 6, 6), torch.float32, "contiguous").requires_grad_()
+    weights = [
+        cases.make(size).requires_grad_()
+        for size in [(8, 1, 3, 3), (8, 1, 5, 5), (8, 1, 5, 5), *[(8, 8, 1, 1)] * 3]
+    ]
+    norm = torch.nn.BatchNorm2d(8)
+    for arguments, forward, backward in (
+        ({}, 2, 8),  # convolutions, products; back: both and, of a size each, the weights' sums
+        ({"norm": norm}, 4, 11),  # statistics and coefficients; back: coefficients, sums, gradient
+    ):
+        with cuda_kernels(simt):
+            before = simt.launches()
+            ys = separable_group(x, weights[:3], weights[3:], [1, 1, 2], **arguments)
+            assert simt.launches() - before == forward
+            before = simt.launches()
+            torch.autograd.grad(ys, [x, *weights], [cases.like_output(y) for y in ys])
+            assert simt.launches() - before == backward
 
 
 def test_outputs_share_no_memory(simt):

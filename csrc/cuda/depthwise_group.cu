@@ -55,21 +55,33 @@ __device__ inline void with_side(int side, F&& f) {
   if (side == 7) f(Int<7>{});
 }
 
-template <typename A>
-__device__ inline A rectified(A x, bool relu) {
-  return relu && x <= 0 ? A(0) : x;  // NaN stays
-}
+// What a tap multiplies of a source: BatchNorm and ReLU come before, where there are such.
+template <int V, bool kColumns, typename A>
+struct Source {
+  A scale[V], shift[V];
+  bool normed, relu;
+
+  __device__ Source(const Convolutions& c, int64_t channel) : normed(c.scale), relu(c.relu) {
+    if (!normed) return;
+    load_entries<V, kColumns>(scale, static_cast<const A*>(c.scale) + channel);
+    load_entries<V, kColumns>(shift, static_cast<const A*>(c.shift) + channel);
+  }
+  __device__ A of(A x, int v) const {
+    if (normed) x = scale[v] * x + shift[v];
+    return relu && x <= 0 ? A(0) : x;  // NaN stays
+  }
+};
 
 // One convolution at one place, forward: the taps of output (y, x) in x; or backward: those of input (y, x) in the
 // gradient of an output, at every stride-th of them.
 template <typename T, int K, int V, bool kColumns, bool kBackward>
 __device__ inline void add_taps(const Convolutions& c, int i, const T* source, int64_t height,
-                                int64_t width, const Element& at, bool relu,
-                                acc_type<T> (&sum)[V]) {
+                                int64_t width, const Element& at, acc_type<T> (&sum)[V]) {
   using A = acc_type<T>;
   const int d = c.dilation[i], pad = d * (K / 2), shift = c.stride - 1;
   const int64_t step = kColumns ? c.C : 1;
   const A* w = static_cast<const A*>(c.table) + c.first[i] * c.C + at.channel;
+  const Source<V, kColumns, A> before(c, at.channel);
   source += at.plane * height * width * step + (kColumns ? at.channel : 0);
   const int top = kBackward ? at.y + pad : (at.y << shift) - pad;
   const int left = kBackward ? at.x + pad : (at.x << shift) - pad;
@@ -89,7 +101,8 @@ __device__ inline void add_taps(const Convolutions& c, int i, const T* source, i
       A weight[V];
       load_entries<V, kColumns>(weight, w + (row * K + column) * c.C);
 #pragma unroll
-      for (int v = 0; v < V; ++v) sum[v] += rectified(value.acc(v), relu) * weight[v];
+      for (int v = 0; v < V; ++v)
+        sum[v] += (kBackward ? value.acc(v) : before.of(value.acc(v), v)) * weight[v];
     }
   }
 }
@@ -104,8 +117,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < c.count; ++i) {
       acc_type<T> sum[V] = {};
       with_side(c.side[i], [&](auto side) {
-        add_taps<T, decltype(side)::value, V, kColumns, false>(c, i, x, c.H, c.W, element, c.relu,
-                                                               sum);
+        add_taps<T, decltype(side)::value, V, kColumns, false>(c, i, x, c.H, c.W, element, sum);
       });
       store<T, V>(static_cast<T*>(to.ys[i]) + at * V, sum);
     }
@@ -124,15 +136,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       const T* g = static_cast<const T*>(from.gs[i]);
       if (!g) continue;
       with_side(c.side[i], [&](auto side) {
-        add_taps<T, decltype(side)::value, V, kColumns, true>(c, i, g, c.oh, c.ow, element, false,
-                                                              sum);
+        add_taps<T, decltype(side)::value, V, kColumns, true>(c, i, g, c.oh, c.ow, element, sum);
       });
     }
     if (c.relu) {
       const Operand<T, V> source = load<T, V>(x + at * V);
+      const Source<V, kColumns, acc_type<T>> before(c, element.channel);
 #pragma unroll
       for (int v = 0; v < V; ++v)
-        if (source.acc(v) <= 0) sum[v] = 0;
+        if (before.of(source.acc(v), v) <= 0) sum[v] = 0;
     }
     store<T, V>(dx + at * V, sum);
   }
@@ -169,7 +181,8 @@ __device__ inline void sum_row_of_taps(const Convolutions& c, const WeightPlan& 
   const int d = c.dilation[i], pad = d * (K / 2);
   const int64_t step = kColumns ? c.C : 1;
   A sum[K] = {};
-  if (p.valid)
+  if (p.valid) {
+    const Source<1, kColumns, A> rule(c, p.channel);
     for (int64_t pixel = p.first + p.row; pixel < p.last; pixel += p.rows) {
       const int64_t row = by_ow.quotient(pixel), n = by_oh.quotient(row);
       const int y = static_cast<int>(row - n * c.oh) * c.stride + line * d - pad;
@@ -182,9 +195,10 @@ __device__ inline void sum_row_of_taps(const Convolutions& c, const WeightPlan& 
 #pragma unroll
       for (int j = 0; j < K; ++j) {
         const int at = left + j * d;
-        if (at >= 0 && at < c.W) sum[j] += gradient * rectified(to_acc(source[at * step]), c.relu);
+        if (at >= 0 && at < c.W) sum[j] += gradient * rule.of(to_acc(source[at * step]), 0);
       }
     }
+  }
   sum_over_rows(sum, p.row, p.rows, p.lanes);
   if (p.row != 0 || !p.valid) return;
   const int64_t first = c.first[i] * c.C + p.channel * (K * K) + line * K;
@@ -256,6 +270,10 @@ cudaError_t with_layout(const Convolutions& c, const void* const* others,
 
 }  // namespace
 
+bool needs_table(const Convolutions& c) {
+  return !plan_tile(c, c.oh, c.ow, c.stride).fits || !plan_tile(c, c.H, c.W, 1).fits;
+}
+
 cudaError_t launch_weight_table(const Convolutions& c, void* table, cudaStream_t stream) {
   const int64_t total = c.taps() * c.C;
   if (total == 0) return cudaSuccess;
@@ -288,11 +306,17 @@ cudaError_t launch_convolutions(const Convolutions& c, const void* x, const Outp
   });
 }
 
+int64_t input_sum_parts(const Convolutions& c) {
+  const Tile tile = plan_tile(c, c.H, c.W, 1);
+  return tile.fits && c.sources() ? tile.tiles() : 0;
+}
+
 cudaError_t launch_input_gradient(const Convolutions& c, const OutputGradients& from, const void* x,
-                                  void* dx, cudaStream_t stream) {
+                                  void* dx, const InputSums& sums, cudaStream_t stream) {
   if (c.sources() == 0) return cudaSuccess;
   const Tile tile = plan_tile(c, c.H, c.W, 1);
-  if (tile.fits) return launch_tiled_input_gradient(c, tile, from, x, dx, stream);
+  if (tile.fits) return launch_tiled_input_gradient(c, tile, from, x, dx, sums, stream);
+  if (sums.partial) return cudaErrorInvalidValue;
   return with_layout(
       c, from.gs, {dx, c.relu ? x : nullptr}, [&](auto type, auto vector, auto columns) {
         using T = typename decltype(type)::type;

@@ -21,7 +21,10 @@ struct Convolutions {
   int first[kMaxOperands + 1];        // row of the first tap in a table of all taps
   const void* weights[kMaxOperands];  // (C, k, k)
   signed char weight_dtype[kMaxOperands];
-  const void* table;  // of weights, in the accumulator type: [taps][C]
+  const void* table;  // of weights, in the accumulator type: [taps][C]; null unless needs_table
+  // Of the source, before the convolutions read it: scale x + shift for each channel, in the accumulator type (null for
+  // none), then the ReLU.
+  const void *scale, *shift;
   bool relu;
 
   FASTNAS_HOST_DEVICE int64_t taps() const { return first[count]; }
@@ -29,7 +32,8 @@ struct Convolutions {
   int64_t outputs() const { return N * C * oh * ow; }
 };
 
-// table from weights.
+// Whether a table of the weights is to be made: some of the kernels below read them from there.
+bool needs_table(const Convolutions& c);
 cudaError_t launch_weight_table(const Convolutions& c, void* table, cudaStream_t stream);
 
 // ys[i] from x. Reads x and writes every output once.
@@ -39,12 +43,21 @@ struct Outputs {
 cudaError_t launch_convolutions(const Convolutions& c, const void* x, const Outputs& to,
                                 cudaStream_t stream);
 
-// dx, summed over all gradients that are not null; masked by x where there is a ReLU. Reads them and writes dx once.
+// dx of the source as they read it, summed over all gradients that are not null; masked by x where there is a ReLU. Reads
+// them and writes dx once.
 struct OutputGradients {
   const void* gs[kMaxOperands];
 };
+// On the way, parts of sum dx and of sum dx (x - mean) of every channel, what a BatchNorm before asks for: [2][C][parts].
+struct InputSums {
+  int64_t parts;
+  const void* mean;  // [C]
+  void* partial;     // null: they are not wanted
+};
+// Parts of those; 0: these convolutions leave none.
+int64_t input_sum_parts(const Convolutions& c);
 cudaError_t launch_input_gradient(const Convolutions& c, const OutputGradients& from, const void* x,
-                                  void* dx, cudaStream_t stream);
+                                  void* dx, const InputSums& sums, cudaStream_t stream);
 
 // How the sums over pixels that make up the gradients of the weights are split: follows from sizes alone.
 struct WeightPlan {

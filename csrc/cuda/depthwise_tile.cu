@@ -3,6 +3,7 @@
 // gradient read about once, with zeros between its pixels where the stride is 2. What a tap multiplies comes from shared
 // memory, about 0.6 loads for a multiply-add.
 #include "depthwise_tile.cuh"
+#include "reduce.cuh"
 
 namespace fastnas::cuda {
 
@@ -15,29 +16,32 @@ __global__ void __launch_bounds__(kThreads, S == 1 ? 3 : 2)
                               const __grid_constant__ Outputs to) {
   using A = acc_type<T>;
   FASTNAS_SHARED(A, tile, kTileBytes / sizeof(A));
+  FASTNAS_SHARED(A, weights, kTileWeights);
   const int64_t index = blockIdx.x / t.chunks;
   const Corner corner = corner_of(t, index, blockIdx.x - index * t.chunks);
   const int H = static_cast<int>(c.H), W = static_cast<int>(c.W);
   const int rows = (t.height() - 1) * S + 1 + 2 * t.pad;
   const int columns = (t.width() - 1) * S + 1 + 2 * t.pad;
   bring(c, t, from, corner,
-        {corner.y * S - t.pad, corner.x * S - t.pad, rows, columns, 0, H, W, c.relu}, x, tile);
-  __syncthreads();
+        {corner.y * S - t.pad, corner.x * S - t.pad, rows, columns, 0, H, W, true}, x, tile);
   const Strip s = strip_of(t);
   const int64_t image = corner.image + s.image;
   const int channel = corner.channel + s.lane;
   const int y = corner.y + s.y, left = corner.x + s.x;
-  if (!s.valid || image >= c.N || channel >= c.C || left >= c.ow) return;
+  const bool valid = s.valid && image < c.N && channel < c.C && left < c.ow;
   const int64_t out = own.at(image, channel, y, left);
   const int row = t.pitch << t.log_lanes, pixel = t.lanes();
   for (int i = 0; i < c.count; ++i) {
+    if (i > 0) __syncthreads();  // the weights before have been read
+    bring_weights<A>(c, t, corner, i, weights);
+    __syncthreads();
+    if (!valid) continue;
     const int d = c.dilation[i], inner = t.pad - d * (c.side[i] / 2);
     const int at = (s.image * rows + s.y * S + inner) * row + (s.x * S + inner) * pixel + s.lane;
-    const A* weights = static_cast<const A*>(c.table) + c.first[i] * c.C + channel;
     A sum[kStrip] = {};
     with_kernel(c.side[i], d, [&](auto k, auto known) {
-      add_taps<decltype(k)::value, S, decltype(known)::value>(tile, at, row, pixel, weights, c.C,
-                                                              sum);
+      add_taps<decltype(k)::value, S, decltype(known)::value, false>(tile, at, row, pixel, weights,
+                                                                     s.lane, sum);
     });
     T* ys = static_cast<T*>(to.ys[i]) + out;
 #pragma unroll
@@ -50,9 +54,11 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 3)
     tiled_input_gradient_kernel(const __grid_constant__ Convolutions c,
                                 const __grid_constant__ Tile t, Strides from, Strides to,
-                                const __grid_constant__ OutputGradients gs, const T* x, T* dx) {
+                                const __grid_constant__ OutputGradients gs, const T* x, T* dx,
+                                InputSums sums) {
   using A = acc_type<T>;
   FASTNAS_SHARED(A, tile, kTileBytes / sizeof(A));
+  FASTNAS_SHARED(A, weights, kTileWeights);
   const int64_t index = blockIdx.x / t.chunks;
   const Corner corner = corner_of(t, index, blockIdx.x - index * t.chunks);
   const Strip s = strip_of(t);
@@ -71,25 +77,41 @@ __global__ void __launch_bounds__(kThreads, 3)
           {corner.y - pad, corner.x - pad, rows, columns, c.stride - 1, static_cast<int>(c.oh),
            static_cast<int>(c.ow), false},
           g, tile);
+    bring_weights<A>(c, t, corner, i, weights);
     __syncthreads();
     if (!valid) continue;
     const int at = (s.image * rows + s.y) * row + s.x * pixel + s.lane;
-    // The kernel is turned around: its last tap is the first to be met.
-    const A* weights = static_cast<const A*>(c.table) + (c.first[i + 1] - 1) * c.C + channel;
     with_kernel(c.side[i], d, [&](auto k, auto known) {
-      add_taps<decltype(k)::value, 1, decltype(known)::value>(tile, at, row, pixel, weights, -c.C,
-                                                              sum);
+      add_taps<decltype(k)::value, 1, decltype(known)::value, true>(tile, at, row, pixel, weights,
+                                                                    s.lane, sum);
     });
   }
-  if (!valid) return;
-  const int y = corner.y + s.y;
-  const int64_t first = to.at(image, channel, y, corner.x + s.x);
+  A total[2] = {};  // of dx and of dx (x - mean)
+  if (valid) {
+    const int y = corner.y + s.y;
+    const int64_t first = to.at(image, channel, y, corner.x + s.x);
+    const Scaling<A> scaling(c, true, channel);
+    const A mean = sums.partial ? static_cast<const A*>(sums.mean)[channel] : A(0);
+    const bool reads = c.relu || sums.partial;
 #pragma unroll
-  for (int o = 0; o < kStrip; ++o) {
-    if (y + o >= c.H) break;
-    const int64_t at = first + o * to.row;
-    dx[at] = from_acc<T>(c.relu && to_acc(x[at]) <= 0 ? A(0) : sum[o]);
+    for (int o = 0; o < kStrip; ++o) {
+      if (y + o >= c.H) break;
+      const int64_t at = first + o * to.row;
+      const A source = reads ? to_acc(x[at]) : A(0);
+      if (c.relu && scaling.of(source) <= 0) sum[o] = 0;
+      total[0] += sum[o];
+      total[1] += sum[o] * (source - mean);
+      dx[at] = from_acc<T>(sum[o]);
+    }
   }
+  if (!sums.partial) return;
+  const int thread = static_cast<int>(threadIdx.x);
+  sum_over_rows(total, thread >> t.log_lanes, kThreads >> t.log_lanes, t.lanes());
+  const int64_t first = corner.channel + thread;
+  if (thread >= t.lanes() || first >= c.C) return;
+  A* partial = static_cast<A*>(sums.partial) + first * sums.parts + index;
+  partial[0] = total[0];
+  partial[c.C * sums.parts] = total[1];
 }
 
 }  // namespace
@@ -111,7 +133,7 @@ cudaError_t launch_tiled_convolutions(const Convolutions& c, const Tile& tile, c
 
 cudaError_t launch_tiled_input_gradient(const Convolutions& c, const Tile& tile,
                                         const OutputGradients& from, const void* x, void* dx,
-                                        cudaStream_t stream) {
+                                        const InputSums& sums, cudaStream_t stream) {
   const int64_t blocks = tile.tiles() * tile.chunks;
   if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
   const Strides source = strides_of(c, c.oh, c.ow), to = strides_of(c, c.H, c.W);
@@ -119,7 +141,7 @@ cudaError_t launch_tiled_input_gradient(const Convolutions& c, const Tile& tile,
     using T = typename decltype(type)::type;
     const auto kernel = tiled_input_gradient_kernel<T>;
     FASTNAS_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, stream, c, tile, source, to,
-                   from, static_cast<const T*>(x), static_cast<T*>(dx));
+                   from, static_cast<const T*>(x), static_cast<T*>(dx), sums);
     return cudaGetLastError();
   });
 }

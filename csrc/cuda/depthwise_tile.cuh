@@ -61,7 +61,20 @@ __device__ inline Strip strip_of(const Tile& t) {
 struct Window {
   int y, x, rows, columns, shift;
   int height, width;
-  bool relu;
+  bool source;  // which BatchNorm and ReLU come before
+};
+
+// scale x + shift of a channel; x where there is no such table, or it is not to be read.
+template <typename A>
+struct Scaling {
+  A scale = 1, shift = 0;
+
+  __device__ Scaling(const Convolutions& c, bool reads, int64_t channel) {
+    if (!reads || !c.scale) return;
+    scale = static_cast<const A*>(c.scale)[channel];
+    shift = static_cast<const A*>(c.shift)[channel];
+  }
+  __device__ A of(A x) const { return scale * x + shift; }
 };
 
 // Loads that a thread has on their way at once: one after the other they would be all that a tile waits for.
@@ -77,27 +90,33 @@ __device__ inline void bring(const Convolutions& c, const Tile& t, const Strides
   while ((1 << log_side) < elements && (1 << log_side) < kThreads) ++log_side;
   const int side = 1 << log_side, step = kThreads >> log_side;
   const int thread = static_cast<int>(threadIdx.x);
+  const bool normed = w.source && c.scale, relu = w.source && c.relu;
   for (int e = thread & (side - 1); e < elements; e += side) {
     const int x = w.x + (e >> t.log_lanes), lane = e & (t.lanes() - 1);
     const bool inside =
         x >= 0 && !(x & zeros) && (x >> w.shift) < w.width && corner.channel + lane < c.C;
+    const Scaling<A> scaling(c, normed && inside, corner.channel + lane);
     for (int first = thread >> log_side; first < rows; first += kLoads * step) {
       A value[kLoads];
+      unsigned there = 0;  // bit i: value[i] is a pixel's
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int at = first + i * step, image = at & (t.images() - 1);
         const int y = w.y + (at >> t.log_images);
         value[i] = 0;
         if (inside && at < rows && y >= 0 && !(y & zeros) && (y >> w.shift) < w.height &&
-            corner.image + image < c.N)
+            corner.image + image < c.N) {
           value[i] = to_acc(source[strides.at(corner.image + image, corner.channel + lane,
                                               y >> w.shift, x >> w.shift)]);
+          there |= 1u << i;
+        }
       }
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int at = first + i * step, image = at & (t.images() - 1), row = at >> t.log_images;
         if (at >= rows) break;
-        if (w.relu && value[i] <= 0) value[i] = 0;  // NaN stays
+        if (normed && (there >> i & 1u)) value[i] = scaling.of(value[i]);
+        if (relu && value[i] <= 0) value[i] = 0;  // NaN stays
         tile[(image * w.rows + row) * pitch + e] = value[i];
       }
     }
@@ -141,17 +160,35 @@ struct Column {
   __device__ A of(int o, int r) const { return value[o * S + r * D]; }
 };
 
-// Adds the taps of one convolution to the outputs of a strip; `at` is where the first of them reads its first tap, and
-// taps of the table are `next` apart, backwards where they are turned around.
-template <int K, int S, int D, typename A, typename Shared>
-__device__ inline void add_taps(const Shared& tile, int at, int row, int pixel, const A* weights,
-                                int64_t next, A (&sum)[kStrip]) {
+// Weights of one convolution for the channels of a tile: those of a tap side by side, kMostLanes from one to the next, so
+// that the compiler knows where the taps are.
+constexpr int kTileWeights = kMaxSide * kMaxSide * kMostLanes;
+
+template <typename A, typename Shared>
+__device__ inline void bring_weights(const Convolutions& c, const Tile& t, const Corner& corner,
+                                     int i, Shared& weights) {
+  const int taps = c.side[i] * c.side[i];
+  for (int e = static_cast<int>(threadIdx.x); e < taps << t.log_lanes; e += kThreads) {
+    const int lane = e / taps, tap = e - lane * taps;
+    const int64_t channel = corner.channel + lane;
+    if (channel < c.C)
+      weights[tap * kMostLanes + lane] =
+          read_as<A>(c.weights[i], c.weight_dtype[i], channel * taps + tap);
+  }
+}
+
+// Adds the taps of one convolution to the outputs of a strip; `at` is where the first of them reads its first tap. In an
+// input gradient the kernel is turned around: its last tap is the first to be met.
+template <int K, int S, int D, bool kTurned, typename A, typename Shared, typename Weights>
+__device__ inline void add_taps(const Shared& tile, int at, int row, int pixel,
+                                const Weights& weights, int lane, A (&sum)[kStrip]) {
 #pragma unroll
   for (int j = 0; j < K; ++j) {
     const Column<K, S, D, A> column(tile, at + j * D * pixel, row);
 #pragma unroll
     for (int r = 0; r < K; ++r) {
-      const A weight = weights[(r * K + j) * next];
+      const int tap = kTurned ? K * K - 1 - (r * K + j) : r * K + j;
+      const A weight = weights[tap * kMostLanes + lane];
 #pragma unroll
       for (int o = 0; o < kStrip; ++o) sum[o] += column.of(o, r) * weight;
     }

@@ -8,6 +8,7 @@ namespace fastnas::cuda {
 
 constexpr int kLogStrip = 2, kStrip = 1 << kLogStrip;  // outputs of a thread
 constexpr int kTileBytes = 24 << 10;  // of shared memory: several blocks fit a multiprocessor
+constexpr int kMostLanes = 16;        // channels side by side
 constexpr int kMostDilation = 2;      // beyond, a tile would be halo for the most part
 constexpr int64_t kWeightBlocks =
     1024;  // of the gradients of weights: enough to fill the largest GPU
@@ -55,7 +56,7 @@ inline Tile plan_tile(const Convolutions& c, int64_t height, int64_t width, int 
     set_pitch();
     return int64_t{rows()} * t.pitch << (t.log_images + t.log_lanes);
   };
-  t.log_lanes = c.columns ? log_up(c.C < 16 ? c.C : 16) : 0;
+  t.log_lanes = c.columns ? log_up(c.C < kMostLanes ? c.C : kMostLanes) : 0;
   // As square as possible, in a block of one strip a thread.
   const int total = log_up(kThreads * kStrip) - t.log_lanes;
   const int wide = log_up(width), high = log_up(height > kStrip ? height : kStrip);
@@ -97,7 +98,7 @@ cudaError_t launch_tiled_convolutions(const Convolutions& c, const Tile& tile, c
                                       const Outputs& to, cudaStream_t stream);
 cudaError_t launch_tiled_input_gradient(const Convolutions& c, const Tile& tile,
                                         const OutputGradients& from, const void* x, void* dx,
-                                        cudaStream_t stream);
+                                        const InputSums& sums, cudaStream_t stream);
 
 // `parts` of `share` tiles.
 cudaError_t launch_tiled_weight_gradients(const Convolutions& c, const Tile& tile, int64_t parts,

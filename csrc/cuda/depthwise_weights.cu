@@ -42,7 +42,7 @@ __device__ inline void sum_taps(const Convolutions& c, const Tile& t, const Stri
     const Corner corner = corner_of(t, index, chunk);
     __syncthreads();  // the one before has been read
     bring(c, t, from, corner,
-          {corner.y * S - pad, corner.x * S - pad, rows, columns, 0, H, W, c.relu}, x, tile);
+          {corner.y * S - pad, corner.x * S - pad, rows, columns, 0, H, W, true}, x, tile);
     __syncthreads();
     const int64_t image = corner.image + s.image;
     const int channel = corner.channel + s.lane;

@@ -14,11 +14,27 @@
 #define FASTNAS_GRID_LIMIT ((int64_t{1} << 31) - 1)
 #endif
 
-// A header that stands in for CUDA's (to run kernels on the host) brings its own of these two.
+// A header that stands in for CUDA's (to run kernels on the host) brings its own of these.
 #ifndef FASTNAS_LAUNCH
 #define FASTNAS_LAUNCH(kernel, grid, block, stream, ...) \
   (kernel)<<<grid, block, 0, stream>>>(__VA_ARGS__)
 #define FASTNAS_SHARED(type, name, count) __shared__ type name[count]
+
+namespace fastnas::cuda {
+
+// To global memory, in one instruction.
+__device__ inline void store_whole(uint4* p, uint4 words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+__device__ inline void store_whole(uint2* p, uint2 words) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(words.x),
+               "r"(words.y)
+               : "memory");
+}
+
+}  // namespace fastnas::cuda
 #endif
 
 namespace fastnas::cuda {

@@ -20,13 +20,25 @@ bool fits(const at::Tensor& t, int64_t C, const at::Tensor& like) {
   return t.numel() == C && t.device() == like.device();
 }
 
-char* at_row(const at::Tensor& table, int64_t entries) {
+void set_affine(const char* op, int64_t C, NormArguments& n, int64_t k, const at::Tensor& gamma,
+                const at::Tensor& beta) {
+  TORCH_CHECK_VALUE(fits(gamma, C, n.like) && fits(beta, C, n.like), op,
+                    ": expected a gamma and a beta of ", C, " values for each affine norm on ",
+                    n.like.device());
+  check_floating(op, "gamma", gamma);
+  check_floating(op, "beta", beta);
+  n.norms.affine_row[k] = static_cast<signed char>(n.affine_rows++);
+  set_values(n, gamma, n.norms.gamma[k], n.norms.gamma_dtype[k]);
+  set_values(n, beta, n.norms.beta[k], n.norms.beta_dtype[k]);
+}
+
+}  // namespace
+
+void* at_row(const at::Tensor& table, int64_t entries) {
   return table.numel()
              ? static_cast<char*>(table.mutable_data_ptr()) + entries * table.element_size()
              : nullptr;
 }
-
-}  // namespace
 
 NormArguments make_norms(const char* op, int64_t C, const at::Tensor& weights,
                          at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
@@ -39,6 +51,7 @@ NormArguments make_norms(const char* op, int64_t C, const at::Tensor& weights,
                     weights.size(0), "), but got ", K, ", ", eps.size(), " and ", affine.size());
   NormArguments n{};
   n.norms.K = static_cast<int>(K);
+  n.like = weights;
   n.kept.push_back(weights.contiguous());
   n.norms.weights = {pointer(n.kept.back()), dtype_of(weights.scalar_type())};
   for (int64_t k = 0; k < K; ++k) {
@@ -48,17 +61,26 @@ NormArguments make_norms(const char* op, int64_t C, const at::Tensor& weights,
     n.norms.eps[k] = eps[k];
     n.norms.affine_row[k] = -1;
     if (!affine[k]) continue;
-    const int64_t row = n.affine_rows++;
-    TORCH_CHECK_VALUE(row < static_cast<int64_t>(gammas.size()) && fits(gammas[row], C, weights) &&
-                          fits(betas[row], C, weights),
-                      op, ": expected a gamma and a beta of ", C,
-                      " values for each affine norm on ", weights.device());
-    check_floating(op, "gamma", gammas[row]);
-    check_floating(op, "beta", betas[row]);
-    n.norms.affine_row[k] = static_cast<signed char>(row);
-    set_values(n, gammas[row], n.norms.gamma[k], n.norms.gamma_dtype[k]);
-    set_values(n, betas[row], n.norms.beta[k], n.norms.beta_dtype[k]);
+    const int64_t row = n.affine_rows;
+    TORCH_CHECK_VALUE(row < static_cast<int64_t>(gammas.size()), op,
+                      ": expected a gamma and a beta of ", C, " values for each affine norm on ",
+                      n.like.device());
+    set_affine(op, C, n, k, gammas[row], betas[row]);
   }
+  return n;
+}
+
+NormArguments make_source_norms(const char* op, const at::Tensor& x, const SourceNorm& norm,
+                                const OptionalTensor& mean, const OptionalTensor& var) {
+  const int64_t C = x.size(1);
+  NormArguments n{};
+  n.norms.K = 1;
+  n.like = x;
+  n.norms.kinds[0] = static_cast<unsigned char>(norm.kind);
+  n.norms.eps[0] = norm.eps;
+  n.norms.affine_row[0] = -1;
+  if (norm.gamma) set_affine(op, C, n, 0, *norm.gamma, *norm.beta);
+  add_running_statistics(op, C, n, given(mean), given(var));
   return n;
 }
 
@@ -67,7 +89,7 @@ void add_running_statistics(const char* op, int64_t C, NormArguments& n, at::Ten
   size_t row = 0;
   for (int k = 0; k < n.norms.K; ++k) {
     if (n.norms.kinds[k] != kRunning) continue;
-    const at::Tensor& like = n.kept.front();
+    const at::Tensor& like = n.like;
     TORCH_CHECK_VALUE(row < means.size() && row < vars.size() && fits(means[row], C, like) &&
                           fits(vars[row], C, like),
                       op, ": expected running statistics of ", C,
@@ -82,7 +104,7 @@ void add_running_statistics(const char* op, int64_t C, NormArguments& n, at::Ten
 
 void check_statistics(const char* op, int64_t C, const NormArguments& n, const at::Tensor& mean,
                       const at::Tensor& var) {
-  const at::Tensor& like = n.kept.front();
+  const at::Tensor& like = n.like;
   TORCH_CHECK_VALUE(fits(mean, n.norms.K * C, like) && fits(var, n.norms.K * C, like), op,
                     ": expected mean and var of shape [", n.norms.K, ", ", C, "] on ",
                     like.device(), ", but got ", mean.sizes(), " and ", var.sizes());
@@ -93,7 +115,7 @@ void check_statistics(const char* op, int64_t C, const NormArguments& n, const a
 Statistics batch_parts(const Plan& plan, const std::vector<at::Tensor>& operands,
                        const NormArguments& n, at::Tensor& parts) {
   const int64_t K = n.norms.K, partials = K * plan.partials();
-  const at::Tensor& like = n.kept.front();
+  const at::Tensor& like = n.like;
   Statistics statistics{};
   statistics.K = static_cast<int>(K);
   bool batch = false;
@@ -112,13 +134,13 @@ Statistics batch_parts(const Plan& plan, const std::vector<at::Tensor>& operands
 }
 
 Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& operands,
-                              const NormArguments& n, const at::Tensor& weights) {
+                              const NormArguments& n) {
   const int64_t K = n.norms.K;
   const at::ScalarType acc = plan.dtype == Dtype::kDouble ? at::kDouble : at::kFloat;
   Coefficients out;
-  out.mean = at::empty({K, plan.C}, weights.options().dtype(acc));
-  out.var = at::empty({K, plan.C}, weights.options().dtype(acc));
-  out.table = scratch(plan.tables(K + 1), acc, weights);
+  out.mean = at::empty({K, plan.C}, n.like.options().dtype(acc));
+  out.var = at::empty({K, plan.C}, n.like.options().dtype(acc));
+  out.table = scratch(plan.tables(K + 1), acc, n.like);
   at::Tensor parts;
   const Statistics statistics = batch_parts(plan, operands, n, parts);
   const Normalise normalise{statistics.count,
@@ -128,7 +150,7 @@ Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& o
                             mutable_pointer(out.var),
                             at_row(out.table, 0),
                             at_row(out.table, plan.tables(K))};
-  C10_CUDA_CHECK(launch_normalise(plan, n.norms, normalise, stream_of(weights)));
+  C10_CUDA_CHECK(launch_normalise(plan, n.norms, normalise, stream_of(n.like)));
   return out;
 }
 
@@ -248,7 +270,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_batch_norm(
   std::vector<const void*> walked = pointers(operands);
   walked.push_back(mutable_pointer(y));
   const Plan plan = plan_channels(xs[0].sizes(), dtype, format, walked);
-  const Coefficients f = mix_coefficients(plan, operands, norms, weights);
+  const Coefficients f = mix_coefficients(plan, operands, norms);
   C10_CUDA_CHECK(launch_combine(plan, combine_arguments(plan, f, operands, mutable_pointer(y), 1),
                                 stream_of(y)));
   return {y, f.mean.to(weights.scalar_type()), f.var.to(weights.scalar_type())};

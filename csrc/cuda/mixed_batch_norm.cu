@@ -13,7 +13,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = 4;
 
 __device__ inline double weight(const Norms& n, int k) {
-  return read(n.weights.data, static_cast<int>(n.weights.dtype), k);
+  return n.weights.data ? read(n.weights.data, static_cast<int>(n.weights.dtype), k) : 1.0;
 }
 
 __device__ inline double gamma(const Norms& n, int k, int64_t c) {
@@ -81,12 +81,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     norm_gradients_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Norms norms,
                           const __grid_constant__ NormGradients args) {
   FASTNAS_SHARED(double, sums, kMaxOperands + 1);  // sum g, then sum g (x_k - mean_k)
-  const int64_t c = blockIdx.x, parts = args.partial ? plan.period / plan.C * plan.parts : 0;
+  const int64_t c = blockIdx.x;
+  const int64_t parts = !args.partial ? 0
+                        : args.parts  ? args.parts
+                                      : plan.period / plan.C * plan.parts;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   for (int j = thread / 32; j <= norms.K; j += kWarps) {
     double sum = 0;
     for (int64_t i = lane; i < parts; i += 32)
-      sum += static_cast<double>(static_cast<const A*>(args.partial)[part_of(plan, j, c, i)]);
+      sum += static_cast<double>(static_cast<const A*>(
+          args.partial)[args.parts ? (j * plan.C + c) * parts + i : part_of(plan, j, c, i)]);
     sum = warp_sum(sum);
     if (lane == 0) sums[j] = sum;
   }
@@ -111,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       static_cast<A*>(args.dbeta)[norms.affine_row[k] * plan.C + c] = static_cast<A>(w * total);
     }
   }
-  args.dw[k * plan.C + c] = dw;
+  if (args.dw) args.dw[k * plan.C + c] = dw;
   for_each_entry(plan, c, [&](int64_t entry) {
     const int64_t to = k * plan.period + entry;
     static_cast<A*>(args.a)[to] = static_cast<A>(a);

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../source_norm.h"
 #include "host.h"
 #include "norm.h"
 
@@ -14,12 +15,17 @@ namespace fastnas::cuda {
 struct NormArguments {
   Norms norms;
   int64_t affine_rows;
+  at::Tensor like;  // on their device
   std::vector<at::Tensor> kept;
 };
 
 NormArguments make_norms(const char* op, int64_t C, const at::Tensor& weights,
                          at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
                          at::TensorList gammas, at::TensorList betas);
+
+// The norm of one source, whose weight is 1. mean, var: running statistics, or those that a forward has found.
+NormArguments make_source_norms(const char* op, const at::Tensor& x, const SourceNorm& norm,
+                                const OptionalTensor& mean, const OptionalTensor& var);
 
 void add_running_statistics(const char* op, int64_t C, NormArguments& n, at::TensorList means,
                             at::TensorList vars);
@@ -37,7 +43,10 @@ struct Coefficients {
   at::Tensor mean, var, table;
 };
 Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& operands,
-                              const NormArguments& n, const at::Tensor& weights);
+                              const NormArguments& n);
+
+// Where entry `entries` of a table is; null if it is empty.
+void* at_row(const at::Tensor& table, int64_t entries);
 
 // The sum that those stand for, to the slot y.
 Combine combine_arguments(const Plan& plan, const Coefficients& f,

@@ -18,7 +18,7 @@ struct Values {
 // Passed by value: 64 of these are within the 4 KB that every GPU takes as kernel arguments.
 struct Norms {
   int K;
-  Values weights;  // K of them
+  Values weights;  // K of them; null: ones
   unsigned char kinds[kMaxOperands];
   signed char affine_row[kMaxOperands];  // of k in the affine gradients, -1 if it has none
   double eps[kMaxOperands];
@@ -39,13 +39,15 @@ cudaError_t launch_normalise(const Plan& plan, const Norms& norms, const Normali
                              cudaStream_t stream);
 
 // Folds the parts of launch_dots (null: nothing was reduced, all sums are 0) and makes the tables of launch_gradients,
-// [K][period] each; dgamma and dbeta [affine rows][C]; dw [K][C] in double, to be summed over the channels.
+// [K][period] each; dgamma and dbeta [affine rows][C]; dw [K][C] in double, to be summed over the channels (null: not
+// wanted).
 struct NormGradients {
   const void* partial;
   const void *mean, *var;  // [K][C]
   void *a, *b, *c;
   void *dgamma, *dbeta;
   double* dw;
+  int64_t parts = 0;  // of partial [K + 1][C][parts]; 0: [K + 1][period][parts of the plan]
 };
 cudaError_t launch_norm_gradients(const Plan& plan, const Norms& norms, const NormGradients& args,
                                   cudaStream_t stream);

@@ -49,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_channel_mix(
   std::vector<const void*> walked = pointers(operands);
   walked.push_back(mutable_pointer(y));
   const Plan plan = plan_channels(xs[0].sizes(), dtype, format, walked);
-  const Coefficients f = mix_coefficients(plan, operands, norms, weights);
+  const Coefficients f = mix_coefficients(plan, operands, norms);
   const Combine args = combine_arguments(plan, f, operands, mutable_pointer(y), k);
   if (plan.columns) {
     C10_CUDA_CHECK(launch_partial_columns(plan, args, bypass, pointer(r), stream_of(y)));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Separable convolutions of one source, on CUDA: the ops that they are made of, one after the other. What is between
-// two convolutions is computed again in the backward, so that nothing but x is kept.
+// Separable convolutions of one source, on CUDA: depthwise convolutions that normalise what they read, then the products
+// of all of them (products.h), or the library's pointwise convolutions where channels are many. What is between two
+// convolutions is computed again in the backward, so that nothing but x is kept.
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
@@ -8,116 +9,68 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "../separable.h"
-#include "host.h"
+#include "depthwise_host.h"
+#include "products_host.h"
 
 namespace fastnas::cuda {
 
-std::vector<at::Tensor> depthwise_group(const at::Tensor& x, at::TensorList weights,
-                                        at::IntArrayRef dilations, int64_t stride, bool relu);
-std::tuple<at::Tensor, std::vector<at::Tensor>> depthwise_group_backward(
-    at::TensorList grads, at::IntArrayRef present, const at::Tensor& x, at::IntArrayRef size,
-    at::TensorList weights, at::IntArrayRef dilations, int64_t stride, bool relu, bool need_x,
-    at::IntArrayRef need_weights);
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> batch_norm_depthwise(
-    const at::Tensor& x, int64_t kind, double eps, const OptionalTensor& gamma,
-    const OptionalTensor& beta, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, at::TensorList weights, at::IntArrayRef dilations,
-    int64_t stride);
-std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor>
-batch_norm_depthwise_backward(at::TensorList grads, at::IntArrayRef present, const at::Tensor& x,
-                              const at::Tensor& mean, const at::Tensor& var, int64_t kind,
-                              double eps, const OptionalTensor& gamma, const OptionalTensor& beta,
-                              at::TensorList weights, at::IntArrayRef dilations, int64_t stride,
-                              bool need_x, bool need_norm, at::IntArrayRef need_weights);
-
 namespace {
 
-struct Gradients {
-  at::Tensor dx;
-  std::vector<at::Tensor> ddepthwise, dpointwise;
-  at::Tensor dgamma, dbeta;
+bool any_of(at::IntArrayRef list) {
+  return std::any_of(list.begin(), list.end(), [](int64_t i) { return i != 0; });
+}
 
-  std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor,
-             at::Tensor>
-  tuple() const {
-    return {dx,     ddepthwise, dpointwise,
-            dgamma, dbeta,      at::empty({0, 4, dgamma.size(1)}, dgamma.options())};
-  }
+std::vector<at::Tensor> pointwise(const Depthwise& d, const std::vector<at::Tensor>& hs,
+                                  at::TensorList weights) {
+  if (hs[0].numel() == 0) return hs;  // convolutions refuse images without pixels
+  if (few_channels(d.group.C, d.group.C)) return multiply(hs, weights.vec(), d.format, false);
+  std::vector<at::Tensor> ys;
+  const at::ScalarType dtype = d.like.scalar_type();
+  for (size_t i = 0; i < hs.size(); ++i)
+    ys.push_back(
+        at::convolution(hs[i], weights[i].to(dtype), {}, {1, 1}, {0, 0}, {1, 1}, false, {0, 0}, 1)
+            .to(dtype, false, false, d.format));
+  return ys;
+}
+
+// The gradients of what the products read, and of the weights that need one. gs and hs: of the present ones.
+struct PointwiseGradients {
+  std::vector<at::Tensor> dhs, dweights;
 };
 
-struct Composition {
-  const at::Tensor& x;
-  SourceNorm norm;
-  at::TensorList depthwise, pointwise;
-  at::IntArrayRef dilations;
-  int64_t stride;
-
-  // The outputs of the depthwise convolutions, mean and variance.
-  std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> between(
-      int64_t kind, const OptionalTensor& mean, const OptionalTensor& var) const {
-    if (kind == 0) {
-      // Two tensors: outputs of an op do not share their memory.
-      const auto none = [&] {
-        return at::empty({0}, x.options().dtype(accumulate_dtype(x.scalar_type())));
-      };
-      return {cuda::depthwise_group(x, depthwise, dilations, stride, true), none(), none()};
-    }
-    return cuda::batch_norm_depthwise(x, kind, norm.eps, norm.gamma, norm.beta, mean, var,
-                                      depthwise, dilations, stride);
-  }
-
-  std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> forward(
-      const OptionalTensor& running_mean, const OptionalTensor& running_var) const {
-    auto [ys, mean, var] = between(norm.kind, running_mean, running_var);
-    for (size_t i = 0; i < ys.size() && ys[i].numel(); ++i)
-      ys[i] = at::convolution(ys[i], pointwise[i].to(x.scalar_type()), {}, {1, 1}, {0, 0}, {1, 1},
-                              false, {0, 0}, 1)
-                  .to(x.scalar_type(), false, false, memory_format(x));
-    return {ys, mean, var};
-  }
-
-  Gradients backward(at::TensorList grads, at::IntArrayRef present, const at::Tensor& mean,
-                     const at::Tensor& var, bool need_x, bool need_norm,
-                     at::IntArrayRef need_depthwise, at::IntArrayRef need_pointwise) const {
-    const std::vector<at::Tensor> hs =
-        std::get<0>(between(norm.kind == 0 ? 0 : 2, mean, var));  // the statistics are known
-    Gradients out;
-    std::vector<at::Tensor> dhs;
-    const bool need_source = need_x || need_norm;
-    for (size_t i = 0, j = 0; i < hs.size(); ++i) {
-      if (!present[i]) continue;
-      const at::Tensor& g = grads[j++];
-      const bool need = need_pointwise[i], need_h = need_source || need_depthwise[i];
-      if (g.numel() == 0) {  // convolutions refuse images without pixels
-        dhs.push_back(g);
-        if (need) out.dpointwise.push_back(at::zeros_like(pointwise[i]));
-        continue;
-      }
-      auto [dh, dw, db] =
-          at::convolution_backward(g, hs[i], pointwise[i].to(g.scalar_type()), std::nullopt, {1, 1},
-                                   {0, 0}, {1, 1}, false, {0, 0}, 1, {need_h, need, false});
-      // A gradient that nobody needs stands in the list all the same.
-      dhs.push_back(need_h ? dh.to(g.scalar_type()) : g);
-      if (need) out.dpointwise.push_back(dw.to(pointwise[i].scalar_type()));
-    }
-    const at::TensorOptions acc = x.options()
-                                      .dtype(accumulate_dtype(x.scalar_type()))
-                                      .memory_format(at::MemoryFormat::Contiguous);
-    out.dgamma = at::empty({0, x.size(1)}, acc);
-    out.dbeta = at::empty({0, x.size(1)}, acc);
-    if (norm.kind == 0) {
-      std::tie(out.dx, out.ddepthwise) =
-          cuda::depthwise_group_backward(dhs, present, x, x.sizes().slice(2), depthwise, dilations,
-                                         stride, true, need_x, need_depthwise);
+PointwiseGradients pointwise_backward(const Depthwise& d, const std::vector<at::Tensor>& gs,
+                                      const std::vector<at::Tensor>& hs,
+                                      const std::vector<at::Tensor>& weights, bool need_hs,
+                                      const std::vector<bool>& need) {
+  PointwiseGradients out;
+  const at::ScalarType dtype = d.like.scalar_type();
+  const bool few = few_channels(d.group.C, d.group.C), pixels = gs[0].numel() > 0;
+  out.dhs = gs;  // gradients that nobody needs stand in the list all the same
+  std::vector<at::Tensor> some_gs, some_hs, some_weights;
+  for (size_t i = 0; i < gs.size(); ++i) {
+    if (!pixels) {
+      if (need[i]) out.dweights.push_back(at::zeros_like(weights[i]));
+    } else if (few) {
+      if (!need[i]) continue;
+      some_gs.push_back(gs[i]);
+      some_hs.push_back(hs[i]);
+      some_weights.push_back(weights[i]);
     } else {
-      std::tie(out.dx, out.ddepthwise, out.dgamma, out.dbeta) = cuda::batch_norm_depthwise_backward(
-          dhs, present, x, mean, var, norm.kind, norm.eps, norm.gamma, norm.beta, depthwise,
-          dilations, stride, need_x, need_norm, need_depthwise);
+      auto [dh, dw, db] =
+          at::convolution_backward(gs[i], hs[i], weights[i].to(dtype), std::nullopt, {1, 1}, {0, 0},
+                                   {1, 1}, false, {0, 0}, 1, {need_hs, need[i], false});
+      if (need_hs) out.dhs[i] = dh.to(dtype, false, false, d.format);
+      if (need[i]) out.dweights.push_back(dw.to(weights[i].scalar_type()));
     }
-    return out;
   }
-};
+  if (!few || !pixels) return out;
+  if (need_hs) out.dhs = multiply(gs, weights, d.format, true);
+  if (!some_gs.empty()) out.dweights = multiply_backward(some_gs, some_hs, some_weights, d.format);
+  return out;
+}
 
 }  // namespace
 
@@ -134,12 +87,24 @@ separable_group(const at::Tensor& x, int64_t kind, double eps, const OptionalTen
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const SourceNorm norm{kind, eps, gamma, beta};
   check_source_norm(op, x, norm, 0);
-  check_pointwise(op, check_depthwise(op, x.sizes(), x.device(), depthwise, dilations, stride),
-                  pointwise, x);
+  const DepthwiseGroup group =
+      check_depthwise(op, x.sizes(), x.device(), depthwise, dilations, stride);
+  check_pointwise(op, group, pointwise, x);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Composition composition{x, norm, depthwise, pointwise, dilations, stride};
-  return std::tuple_cat(composition.forward(running_mean, running_var),
-                        std::make_tuple(std::vector<at::Tensor>()));
+  const at::MemoryFormat format = memory_format(x);
+  Depthwise d =
+      make_depthwise(group, as_operand(x, x.scalar_type(), format), x, format, depthwise, true);
+  Coefficients f;
+  if (kind != 0) {
+    f = normalise_source(op, d, norm, running_mean, running_var);
+    f.mean = f.mean.view({-1});
+    f.var = f.var.view({-1});
+  } else {  // two tensors: outputs of an op do not share their memory
+    f.mean = scratch(0, d.acc(), x);
+    f.var = scratch(0, d.acc(), x);
+  }
+  add_weights(d);
+  return {cuda::pointwise(d, convolve(d), pointwise), f.mean, f.var, {}};
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor,
@@ -156,15 +121,36 @@ separable_group_backward(at::TensorList grads, at::IntArrayRef present, const at
   // Autocast would take the products of x in float32 behind a norm in half, forward but not backward.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const SourceNorm norm{kind, eps, gamma, beta};
-  check_separable_backward(op, grads, present, x, norm, mean, var, depthwise, pointwise, dilations,
-                           stride, need_depthwise, need_pointwise, outputs, carried);
+  const DepthwiseGroup group =
+      check_separable_backward(op, grads, present, x, norm, mean, var, depthwise, pointwise,
+                               dilations, stride, need_depthwise, need_pointwise, outputs, carried);
   check_written(op, need_x);
   check_no_carriers(op, carried);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Composition composition{x, norm, depthwise, pointwise, dilations, stride};
-  return composition
-      .backward(grads, present, mean, var, need_x, need_norm, need_depthwise, need_pointwise)
-      .tuple();
+  const at::ScalarType dtype = grads[0].scalar_type();
+  const at::MemoryFormat format = memory_format(x);
+  Depthwise d =
+      make_depthwise(group, as_operand(x, dtype, format), grads[0], format, depthwise, true);
+  Coefficients f;
+  if (kind != 0) f = normalise_source(op, d, {2, eps, gamma, beta}, mean, var);
+  add_weights(d);
+  const bool need_hs = need_x || need_norm || any_of(need_depthwise);
+  const std::vector<at::Tensor> all =
+      any_of(need_pointwise) ? convolve(d) : std::vector<at::Tensor>(depthwise.size());
+  const std::vector<at::Tensor> gs = as_operands(grads, dtype, format);
+  std::vector<at::Tensor> hs, weights;
+  std::vector<bool> need;
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (!present[i]) continue;
+    hs.push_back(all[i]);
+    weights.push_back(pointwise[i]);
+    need.push_back(need_pointwise[i] != 0);
+  }
+  PointwiseGradients between = pointwise_backward(d, gs, hs, weights, need_hs, need);
+  SourceGradients source = source_backward(op, d, output_gradients(between.dhs, present), norm,
+                                           mean, var, need_x, need_norm, need_depthwise);
+  return {source.dx,     source.dweights, between.dweights,
+          source.dgamma, source.dbeta,    at::empty({0, 4, x.size(1)}, source.dgamma.options())};
 }
 
 }  // namespace fastnas::cuda

@@ -49,6 +49,9 @@ struct alignas(V * sizeof(T)) Vec {
   __device__ void set(int i, T x) { v[i] = x; }
 };
 
+template <typename T>
+using Vec_4 = Vec<T, 4>;  // a name without a comma, for macros
+
 // The same of two-byte elements that wait to be summed: two to a register, where the compiler would
 // spend a register on each.
 template <typename T, int V>
@@ -85,12 +88,26 @@ __device__ inline Operand<T, V> load(const T* p) {
   return *reinterpret_cast<const Operand<T, V>*>(p);
 }
 
+template <typename Words, typename Value>
+__device__ inline void store_words(void* p, const Value& value) {
+  Words words;
+  memcpy(&words, &value, sizeof(words));
+  store_whole(static_cast<Words*>(p), words);
+}
+
 template <typename T, int V>
 __device__ inline void store(T* p, const acc_type<T> (&x)[V]) {
   Vec<T, V> out;
 #pragma unroll
   for (int i = 0; i < V; ++i) out.v[i] = from_acc<T>(x[i]);
-  *reinterpret_cast<Vec<T, V>*>(p) = out;
+  // The compiler makes a store for each element of some assignments.
+  if constexpr (sizeof(out) == 16) {
+    store_words<uint4>(p, out);
+  } else if constexpr (sizeof(out) == 8) {
+    store_words<uint2>(p, out);
+  } else {
+    *reinterpret_cast<Vec<T, V>*>(p) = out;
+  }
 }
 
 // V elements `stride` apart: one vector if they are neighbours.
@@ -132,10 +149,11 @@ __device__ inline void load_entries(A (&out)[V], const A* p) {
 }
 
 // Number i of an array whose dtype is known at run time only, for the few that a kernel's type does not tell.
-__device__ inline double read(const void* p, int dtype, int64_t i) {
+template <typename A>
+__device__ inline A read_as(const void* p, int dtype, int64_t i) {
   switch (static_cast<Dtype>(dtype)) {
     case Dtype::kDouble:
-      return static_cast<const double*>(p)[i];
+      return static_cast<A>(static_cast<const double*>(p)[i]);
     case Dtype::kHalf:
       return to_acc(static_cast<const __half*>(p)[i]);
     case Dtype::kBFloat16:
@@ -143,6 +161,10 @@ __device__ inline double read(const void* p, int dtype, int64_t i) {
     default:
       return static_cast<const float*>(p)[i];
   }
+}
+
+__device__ inline double read(const void* p, int dtype, int64_t i) {
+  return read_as<double>(p, dtype, i);
 }
 
 __device__ inline void write(void* p, int dtype, int64_t i, double value) {

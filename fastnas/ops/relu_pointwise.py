@@ -28,7 +28,8 @@ def relu_pointwise(x: Tensor, weight: Tensor) -> Tensor:
     autocast ``x`` is cast as ``F.conv2d`` would.
 
     The CPU kernels are at their best where both numbers of channels fill vectors (of 16, 8 or 4
-    float32); on CUDA, PyTorch's own run one after the other, and ``relu(x)`` exists while they do.
+    float32). On CUDA, with more than 64 channels, PyTorch's own run one after the other, and
+    ``relu(x)`` exists while they do.
 
     Args:
         x: ``(N, C, H, W)``, floating-point.

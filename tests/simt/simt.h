@@ -24,6 +24,14 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
@@ -165,3 +173,10 @@ inline float __uint_as_float(unsigned bits) {
 #define FASTNAS_SHARED(type, name, count)   \
   static const char name##_declaration = 0; \
   const simt::Shared<type> name(simt::region(&name##_declaration, count, sizeof(type)), #name)
+
+namespace fastnas::cuda {
+
+inline void store_whole(uint2* p, uint2 words) { *p = words; }
+inline void store_whole(uint4* p, uint4 words) { *p = words; }
+
+}  // namespace fastnas::cuda
