@@ -28,7 +28,7 @@ from fastnas.evaluate.result import (
     network_arguments,
     network_state,
 )
-from fastnas.evaluate.source import GenotypeSource, find_genotype, space_of
+from fastnas.evaluate.source import GenotypeSource, space_of
 from fastnas.methods import Outcome
 from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_state, set_rate
 from fastnas.search.assembly import cut_batches, lay_out, noise_batch
@@ -85,8 +85,7 @@ class Evaluation(Resumable):
         self.device = config.torch_device()
         check_threads(config.threads)
         if genotype is None:
-            own = config.out if config.resume and config.out != "auto" else None
-            self.source = find_genotype(config.source, own)
+            self.source = config.find_source()
         elif isinstance(genotype, GenotypeSource):
             self.source = genotype
         else:

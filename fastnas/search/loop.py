@@ -28,6 +28,7 @@ from fastnas.search.collapse import observe
 from fastnas.search.config import RUNTIME_FIELDS, SearchConfig
 from fastnas.search.files import write_text
 from fastnas.search.gap import BN_BATCHES, Gap, measure_gap
+from fastnas.search.idle import refuse_idle_values
 from fastnas.search.layout import Step
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.progress import Progress, StepReport, TextProgress
@@ -73,6 +74,8 @@ class Search(Resumable):
         if data is not None:
             config = replace(config, data=data.name)
         self.config = config
+        if not config.resume:
+            refuse_idle_values(config)
         self.device = config.torch_device()
         check_threads(config.threads)
         self.progress = TextProgress() if progress is None else progress
