@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from fastnas.cli import evaluate as eval_command
+from fastnas.cli import main
 from fastnas.cli import search as search_command
 from fastnas.evaluate import EvaluateConfig
+from fastnas.methods import METHODS
 from fastnas.search import SearchConfig, preset_config
 from fastnas.search.files import write_json
+from fastnas.spaces import SPACES
 from fastnas.spaces.darts import GENOTYPES
 
 
@@ -81,6 +85,31 @@ def test_every_field_is_an_option_with_a_description(command, capsys):
     # An option without a description has its default alone on its line.
     for line in text.splitlines():
         assert "--" not in line or not line.split("--", 1)[1].strip("│ ").endswith("(required)")
+
+
+COMMANDS = [
+    *(
+        ["search", "--method", m, "--space", s]
+        for m, s in (("da2s", "nasbench201"), ("proxyless", "mbconv"))
+    ),
+    *(["search", "--method", method] for method in ("entrannas", "entrannas_dst")),
+    *(["eval"], ["gap"], ["genotypes"], ["latency", "measure"], ["latency", "check"], ["bench"]),
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_names_nothing_that_only_the_code_knows(words, capsys):
+    assert main([*words, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert not re.findall(r"fastnas\.\w+|``|:\w+:`", text)
+
+
+def test_help_of_a_search_names_methods_and_spaces(capsys):
+    assert main(["search", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for option, names, after in (("--space", SPACES, "--method"), ("--method", METHODS, "--data")):
+        words = text[text.index(f"{option} STR") : text.index(f"{after} STR")]
+        assert all(re.search(rf"\b{name}\b", words) for name in names), words
 
 
 def test_search_resumes_with_the_options_of_the_run(tmp_path):

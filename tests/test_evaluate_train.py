@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -244,3 +245,31 @@ def test_text_progress(capsys):
 def test_result_is_json(tmp_path):
     result = evaluation(epochs=1).run()
     assert json.loads(json.dumps(result.to_dict()))["epochs"] == 1
+
+
+def test_batches_of_fewer_images_than_asked_for():
+    notes = []
+    progress = Progress()
+    progress.note = notes.append
+    run = Evaluation(config(epochs=1, batch_size=100), data=images(size=16), progress=progress)
+    run.run()
+    assert notes == [
+        "batch size: 96 instead of 100 for the training, since there are no more images"
+    ]
+
+
+def test_time_left_counts_the_tests(monkeypatch):
+    """Each look at the clock is a second later, so that every batch takes one."""
+    seconds = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
+    told = []
+    progress = Progress()
+    progress.step = lambda report: told.append((report.phase, report.seconds_left))
+    progress.epoch = lambda record: told.append(("epoch", run.seconds_left))
+    # Six batches to train on and two to test on.
+    run = Evaluation(config(batch_size=15, log_every=6), data=images(size=16), progress=progress)
+    assert run.seconds_left is None
+    run.run()
+    # The last look, after a test, counts as part of it.
+    assert told[:3] == [("train", 6.0), ("validation", 6.0 + 2.0), ("epoch", 6.0 + 3.0)]
+    assert told[3:] == [("train", 3.0), ("validation", 0.0), ("epoch", 0.0)]

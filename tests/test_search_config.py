@@ -97,6 +97,8 @@ def test_json_keeps_what_differs_from_the_defaults() -> None:
         ({"epochs": True}, r"run: epochs: expected int, but got True"),
         ({"epochs": 2.5}, r"run: epochs: expected int, but got 2.5"),
         ({"lr": None}, r"run: lr: expected float, but got None"),
+        ({"lr": 10**400}, r"run: lr: expected a smaller number, but got 1000"),
+        ({"lr": 10**5000}, r"run: lr: expected a smaller number, but got a value of the type int"),
         ({"resume": 1}, r"run: resume: expected bool, but got 1"),
         ({"amp": "fp8"}, r"run: amp: expected one of 'off', 'bf16', 'fp16', but got 'fp8'"),
         ({"arch_betas": [0.5]}, r"run: arch_betas: expected 2 values, but got 1"),

@@ -31,7 +31,9 @@ SHAPE = mbconv.MBConvShape(image_size=8, in_channels=1, num_classes=4, **vars(NE
 
 
 def config(estimator="full", **fields):
-    options = ProxylessOptions(estimator=estimator, arch_every=2, rl_samples=2, rl_updates=2)
+    of_reinforce = {"rl_samples": 2, "rl_updates": 2}
+    own = of_reinforce if estimator == "reinforce" else {"arch_every": 2}
+    options = ProxylessOptions(estimator=estimator, **own)
     values = {
         "network": NETWORK,
         "options": options,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch
 from search_tiny import Recorder, config, images, registered, run
 
 from fastnas.search import (
+    Progress,
     Search,
     StepReport,
     TextProgress,
@@ -56,12 +58,33 @@ def test_lines_of_text() -> None:
     assert [line for line in lines[3:-1] if not line.startswith("warning: ")] == []
 
 
-def test_lines_tell_the_time_that_is_left() -> None:
+@pytest.mark.parametrize("gap", [False, True])
+def test_lines_tell_the_time_that_is_left(gap: bool) -> None:
     stream = io.StringIO()
-    run(config(gap=False), progress=TextProgress(stream))
+    run(config(gap=gap), progress=TextProgress(stream))
     _, first, last, *_ = stream.getvalue().splitlines()
     assert re.search(r", \d+\.\d s, \d+:\d\d left$", first)
     assert last.endswith(" s")
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"batch_size": 64}, ["48 for the weights", "48 for the architecture"]),
+        ({"batch_size": 40, "weight_share": 0.4}, ["38 for the weights"]),
+        ({"batch_size": 48}, []),
+    ],
+)
+def test_batches_of_fewer_images_than_asked_for(fields: dict[str, object], told: list[str]) -> None:
+    notes: list[str] = []
+    progress = Progress()
+    progress.note = notes.append
+    run(config(epochs=1, validate="never", gap=False, **fields), progress=progress)
+    asked = f"instead of {fields['batch_size']} for the"
+    assert notes == [
+        f"batch size: {part.replace('for the', asked)}, since there are no more images"
+        for part in told
+    ]
 
 
 def test_long_epochs_get_a_line_now_and_then() -> None:
@@ -81,15 +104,74 @@ def test_long_epochs_get_a_line_now_and_then() -> None:
 
 def test_pace() -> None:
     pace = Pace()
-    assert pace.seconds(3, 3) is None
-    pace.add(False, 1.0)
-    assert pace.seconds(2, 3) == 2 + 6
-    pace.add(True, 5.0)
-    pace.add(True, 3.0)
-    assert pace.seconds(2, 3) == 2 + 12
+    pace.add("test", 9.0)
+    assert pace.seconds(plain=3, architecture=3, test=3) is None
+    pace.add("plain", 1.0)
+    assert pace.seconds(plain=2, architecture=3) == 2 + 6
+    pace.add("architecture", 5.0)
+    pace.add("architecture", 3.0)
+    assert pace.seconds(plain=2, architecture=3) == 2 + 12
     only = Pace()
-    only.add(True, 4.0)
-    assert only.seconds(1, 1) == 6
+    only.add("architecture", 4.0)
+    assert only.seconds(plain=1, architecture=1, test=5, hessian=5) == 6
+    only.add("test", 2.0)
+    only.add("test", 1.0, 0)
+    only.add("hessian", 10.0)
+    assert only.seconds(plain=1, architecture=1, test=5, hessian=2) == 6 + 15 + 20
+
+
+# Three iterations an epoch, and tests of three batches; new statistics for the gap take three.
+@pytest.mark.parametrize(
+    ("fields", "tests", "hessians"),
+    [
+        ({"validate": "every", "gap": False}, 4 * 3, 0),
+        ({"validate": "every"}, 4 * 3 + 2 * 3 + 3, 0),
+        ({"validate": "last"}, 3 + 2 * 3 + 3, 0),
+        ({"validate": "last", "val_batches": 1}, 1 + 2 + 3, 0),
+        ({"validate": "never"}, 3 * 3 + 3, 0),
+        ({"validate": "never", "gap": False, "hessian_every": 3}, 0, 1),
+        ({"validate": "every", "gap": False, "hessian_every": 1}, 4 * 3, 4),
+    ],
+)
+def test_time_left_counts_the_ends_of_epochs(fields, tests, hessians) -> None:
+    search = Search(config(epochs=4, **fields), data=images(), progress=Progress())
+    assert search.seconds_left is None
+    search.pace.add("architecture", 1.0)
+    assert search.seconds_left == 12
+    search.pace.add("test", 100.0)
+    search.pace.add("hessian", 10000.0)
+    assert search.seconds_left == 12 + 100 * tests + 10000 * hessians
+    # In the second epoch of the four, one iteration done.
+    search.epoch, search.step = 1, 1
+    tests -= 3 if fields["validate"] == "every" else 0
+    hessians -= fields.get("hessian_every") == 1
+    assert search.seconds_left == 8 + 100 * tests + 10000 * hessians
+
+
+class Left(Progress):
+    """What is left to do, each time that a search says something."""
+
+    def start(self, search: Search) -> None:
+        self.search, self.seconds = search, []
+
+    def step(self, report: StepReport) -> None:
+        self.seconds.append((report.phase, report.seconds_left))
+
+    def epoch(self, record: object, genotype: object) -> None:
+        self.seconds.append(("epoch", self.search.seconds_left))
+
+
+def test_ends_of_epochs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock is a second later, so that every batch takes one."""
+    seconds = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
+    left = Left()
+    run(config(epochs=2, hessian_every=1, log_every=3, gap=False), progress=left)
+    trained, tested, over = left.seconds[0::3], left.seconds[1::3], left.seconds[2::3]
+    # At first an epoch of three iterations is left, then its test and its Hessian as well.
+    assert trained == [("train", 3.0), ("train", 5.0)]
+    assert tested == [("validation", 6.0), ("validation", 1.0)]
+    assert over == [("epoch", 8.0), ("epoch", 0.0)]
 
 
 def test_meter_remembers_the_first_bad_loss() -> None:

@@ -133,6 +133,20 @@ CONV = ("blocks", 1, "mobile_inverted_conv")
         (("feature_mix_layer", "in_channels"), 3, "feature_mix_layer.in_channels is 3, wanted 320"),
         (("classifier", "in_features"), 7, "classifier.in_features is 7, wanted 1280"),
         (("classifier", "dropout_rate"), float("nan"), "classifier.dropout_rate is nan, wanted"),
+        (("use_se",), True, "unknown field 'use_se'"),
+        ((*CONV, "use_se"), False, r"unknown field 'blocks\[1\].mobile_inverted_conv.use_se'"),
+        (
+            ("blocks", 3, "mobile_inverted_conv", "mid_channels"),
+            None,
+            "unknown field .*mid_channels",
+        ),
+        ((*CONV, "expand_ratio"), 0.01, "expand_ratio is 0.01, wanted one that gives 1 to 1048576"),
+        ((*CONV, "expand_ratio"), 1 << 20, "is 1048576, wanted one that gives 1 to 1048576 chan"),
+        (
+            ("blocks", 0, "mobile_inverted_conv", "mid_channels"),
+            33,
+            "mid_channels is 33, wanted 32 with an expand_ratio of 1",
+        ),
     ],
 )
 def test_a_malformed_file_gets_a_sentence_that_names_the_key(path, value, message):

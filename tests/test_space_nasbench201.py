@@ -127,6 +127,7 @@ def test_other_refusals() -> None:
     for changes, message in (
         ({"space": "darts"}, "space is 'darts', wanted 'nasbench201'"),
         ({"version": True}, "version is True"),
+        ({"version": 1.0}, "version is 1.0, wanted 1"),
         ({"more": 1}, "unknown field 'more'"),
         ({"cell": 1}, "wanted text, got int"),
     ):

@@ -31,13 +31,13 @@ class BenchConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes CUDA where there is a device."""
     seconds: float = 120.0
-    """How long to go on, about; the memory of every form is counted, and its step measured three
-    times, in any case. A quarter of it may go into torch.compile."""
+    """How long to go on, about; the memory of every way to compute a step is counted, and its time
+    measured three times, in any case. A quarter of it may go into torch.compile."""
     memory_limit: str = "auto"
     """Memory for which the largest batch is estimated, such as 8GB; auto takes all of the device or
     machine."""
     json: str | None = None
-    """File for all figures."""
+    """File for all figures, as JSON."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

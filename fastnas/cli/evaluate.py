@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastnas.cli.options import begun_with, choices, parse
+from fastnas.cli.options import begun_with, choices, parse, refuse_idle_options
 from fastnas.cli.progress import evaluation_progress
 from fastnas.cli.terminal import error_console
 from fastnas.evaluate import PRESETS, EvaluateConfig, Evaluation, find_genotype, preset_config
@@ -24,10 +24,13 @@ _DESCRIPTION = "\n\n".join(
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with the words after ``fastnas eval``."""
-    evaluation = Evaluation(_config(argv), progress=evaluation_progress())
-    if left := evaluation.source.epochs_left:
+    config = _config(argv)
+    source = config.find_source()
+    refuse_idle_options(argv, config.idle(source.space))
+    evaluation = Evaluation(config, genotype=source, progress=evaluation_progress())
+    if left := source.epochs_left:
         error_console().print(
-            f"The search in {evaluation.source.search} is not over ({left} epochs to go): "
+            f"The search in {source.search} is not over ({left} epochs to go): "
             "this trains what it would find now.",
             style="yellow",
             markup=False,

@@ -32,7 +32,7 @@ _DESCRIPTION = "\n\n".join(
 class Options:
     """What to test, and where."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = "runs/demo"
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = "runs/demo"
     """Folder of a search, over or not: its last checkpoint is tested."""
     json: bool = False
     """Print one object with the keys supernet, pruned and pruned_bn, in percent."""

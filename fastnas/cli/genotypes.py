@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fastnas.cli.options import refuse_idle_options
 from fastnas.cli.terminal import console, genotype_table
 from fastnas.evaluate.source import find_genotype
 from fastnas.spaces import SPACES
@@ -20,12 +21,12 @@ __all__ = ["main"]
 class Options:
     """What to print."""
 
-    source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
+    source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = None
     """A published name, the folder of a search or a genotype file; without one, all published names
     are listed."""
     format: Literal["json", "text", "table"] = "json"
-    """json: as fastnas reads and writes it. text: one line, of cells the Genotype(...) of DARTS and
-    its relatives. table: for people."""
+    """How NAME is printed. json: as fastnas reads and writes it. text: one line, of cells the
+    Genotype(...) of DARTS and its relatives. table: for people."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
         args=list(argv),
     )
     if options.source is None:
+        refuse_idle_options(argv, {"format": "the NAME of what is to be printed"})
         for space in SPACES.values():
             for name in space.genotypes:
                 print(name)

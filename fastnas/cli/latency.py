@@ -31,8 +31,8 @@ _WORDS = {
 }
 
 _PRESET_HELP = (
-    "Sizes of the networks of a preset of `fastnas search` (demo, cifar10, imagenet) as defaults "
-    "of the options for these."
+    "Take the sizes of the networks that `fastnas eval` trains with this preset (demo, cifar10, "
+    "imagenet, proxyless) as defaults of the options for these."
 )
 
 _DATA_HELP = (

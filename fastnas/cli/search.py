@@ -7,10 +7,17 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import fields
 
-from fastnas.cli.options import begun_with, choices, parse
+from fastnas.cli.options import (
+    begun_with,
+    choices,
+    given_options,
+    parse,
+    refuse_idle_options,
+)
 from fastnas.cli.progress import search_progress
 from fastnas.methods import METHODS
 from fastnas.search import PRESETS, RunDirectory, Search, SearchConfig, preset_config
+from fastnas.search.idle import idle_options
 from fastnas.spaces import SPACES
 
 __all__ = ["main"]
@@ -50,7 +57,9 @@ def _config(argv: Sequence[str]) -> SearchConfig:
                 )
         config = begun
     _refuse_foreign_options(config, argv)
-    return parse(config, argv, preset=preset, presets=PRESETS, **words)
+    parsed = parse(config, argv, preset=preset, presets=PRESETS, **words)
+    refuse_idle_options(argv, idle_options(parsed))
+    return parsed
 
 
 def _refuse_foreign_options(config: SearchConfig, argv: Sequence[str]) -> None:
@@ -68,10 +77,8 @@ def _refuse_foreign_options(config: SearchConfig, argv: Sequence[str]) -> None:
         for name, kind in kinds.items():
             for field in fields(kind):
                 owners.setdefault(field.name, []).append(f"{word} {name}")
-    for given in argv:
-        option = given.partition("=")[0]
-        name = option.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if option.startswith("--") and name not in own and name in owners:
+    for name, option in given_options(argv).items():
+        if name not in own and name in owners:
             raise ValueError(
                 f"{option}: an option of {', '.join(owners[name])}, and this is a search by "
                 f"--method {config.method} in --space {config.space}"

@@ -10,17 +10,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
 from fastnas.data import DEFAULT, Augment
-from fastnas.evaluate.source import GenotypeSource
+from fastnas.evaluate.source import GenotypeSource, find_genotype
 from fastnas.search.fields import SEEDS, check_range, from_dict, to_dict
+from fastnas.search.idle import refuse_idle
 from fastnas.search.runtime import resolve_device
 from fastnas.search.schedule import ScheduleName
-from fastnas.spaces import get_space
+from fastnas.spaces import SPACES, get_space
 
 __all__ = ["PRESETS", "RUNTIME_FIELDS", "EvaluateConfig", "preset_config"]
 
@@ -29,33 +30,34 @@ __all__ = ["PRESETS", "RUNTIME_FIELDS", "EvaluateConfig", "preset_config"]
 class EvaluateConfig:
     """Everything that decides how a derived network is trained and tested."""
 
-    source: tyro.conf.Positional[str] = "runs/demo"
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE]")] = "runs/demo"
     """What to train: folder of a search, genotype file or published name (`fastnas genotypes`)."""
     data: str | None = None
-    """Images (fashion-mnist-mini, cifar10:DIR, ...); None: those of the search, or the first."""
+    """Images: fashion-mnist-mini (in the package), fashion-mnist:DIR, cifar10:DIR, cifar100:DIR or
+    folder:DIR (a sub-folder a class); None: those of the search, else fashion-mnist-mini."""
     image_size: int | None = None
-    """Side of the images in pixels; None keeps the size of the data."""
+    """Side of the images in pixels: those of a folder are resized to it, others get a black border.
+    None keeps the size of the data."""
     out: str | None = "auto"
     """Folder of the run; auto: `eval` in the search's folder or runs/eval-NAME; None: no files."""
     resume: bool = False
     """Continue the run in --out from its checkpoint."""
 
     C: int = 8
-    """Channels of the first cell's nodes (networks of cells)."""
+    """Channels of the first cell's nodes (spaces darts and nasbench201)."""
     layers: int = 5
-    """Number of cells (networks of cells)."""
+    """Number of cells (spaces darts and nasbench201)."""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """First layers: cifar keeps the image size, imagenet divides it by eight (networks of
-    cells)."""
+    """First layers: cifar keeps the image size, imagenet divides it by eight (space darts)."""
 
     epochs: int = 6
     """Passes over the training images."""
     batch_size: int = 64
-    """Images in a batch."""
+    """Images in a batch; no more than there are."""
     lr: float = 0.1
     """Learning rate (SGD) at the start."""
     lr_min: float = 0.0
-    """Learning rate towards which the cosine falls."""
+    """Learning rate towards which the schedule cosine falls."""
     schedule: ScheduleName = "cosine"
     """How the learning rate falls; on ImageNet DARTS takes exponential and PC-DARTS linear."""
     lr_warmup_epochs: int = 0
@@ -65,7 +67,7 @@ class EvaluateConfig:
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
-    """Nesterov's form of it."""
+    """Nesterov's form of the momentum."""
     weight_decay: float = 3e-4
     """L2 factor of the weights."""
     norm_decay: bool = True
@@ -74,12 +76,12 @@ class EvaluateConfig:
     """Largest gradient norm; 0 for no limit."""
 
     auxiliary: bool = False
-    """Train with an auxiliary classifier behind the second reduction cell (networks of cells)."""
+    """Train with an auxiliary classifier behind the second reduction cell (space darts)."""
     auxiliary_weight: float = 0.4
-    """Weight of its loss."""
+    """Weight of the auxiliary classifier's loss."""
     drop_path: float = 0.0
-    """Probability to drop an operation's output for an image; it rises linearly over the epochs
-    (networks of cells)."""
+    """Probability to drop an operation's output for an image; it rises linearly over the epochs,
+    from 0 (space darts)."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
     augment: Augment = field(default_factory=lambda: Augment(crop_padding=2, flip=True))
@@ -123,6 +125,35 @@ class EvaluateConfig:
         """The device that ``device`` names; ValueError if there is none."""
         return resolve_device(self.device)
 
+    def find_source(self) -> GenotypeSource:
+        """The architecture that ``source`` names.
+
+        Raises:
+            ValueError, FileNotFoundError: as ``find_genotype``.
+        """
+        return find_genotype(self.source, self.out if self.resume and self.out != "auto" else None)
+
+    def idle(self, space: str) -> dict[str, str]:
+        """The fields that do nothing for networks of a space -> what would make them do something.
+
+        As in a search (``fastnas.search.idle``), only switches count, not lengths.
+        """
+        idle = {}
+        known = get_space(space).network_fields
+        if self.schedule != "cosine":
+            idle["lr_min"] = f"the schedule cosine, but got {self.schedule!r}"
+        if self.schedule != "exponential":
+            idle["lr_decay"] = f"the schedule exponential, but got {self.schedule!r}"
+        if not self.weight_decay:
+            idle["norm_decay"] = "weight_decay above 0, but got 0"
+        if not self.auxiliary:
+            idle["auxiliary_weight"] = "auxiliary as well, but got False"
+        for name in _NETWORK_FIELDS:
+            if name not in known:
+                others = ", ".join(s.name for s in SPACES.values() if name in s.network_fields)
+                idle[name] = f"a network of a space that has it ({others}), but got {space!r}"
+        return idle
+
     def resolve(self, source: GenotypeSource) -> EvaluateConfig:
         """The same with ``data`` and ``out`` as they follow from the source.
 
@@ -130,7 +161,8 @@ class EvaluateConfig:
         preset.
 
         Raises:
-            ValueError: such a field has a value that no preset gives it.
+            ValueError: such a field has a value that no preset gives it, or another that does
+                nothing, unless it is that of a run that goes on.
         """
         data = self.data or source.data or DEFAULT
         out = self.out
@@ -140,6 +172,8 @@ class EvaluateConfig:
         foreign = {name: self._foreign(name, source.space) for name in _NETWORK_FIELDS}
         kept = set(get_space(source.space).network_fields)
         changes = {name: value for name, value in foreign.items() if name not in kept}
+        if not self.resume:
+            refuse_idle(self, self.idle(source.space), [*PRESETS.values()])
         return dataclasses.replace(self, data=data, out=out, **changes)
 
     def _foreign(self, name: str, space: str) -> Any:

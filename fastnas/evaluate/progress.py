@@ -47,6 +47,7 @@ class TextProgress(Progress):
     def __init__(self, stream: TextIO | None = None) -> None:
         self._lines = Lines(stream)
         self._write = self._lines.write
+        self._evaluation: Evaluation | None = None
 
     def step(self, report: StepReport) -> None:
         """A line where the last one was a minute ago."""
@@ -54,7 +55,7 @@ class TextProgress(Progress):
 
     def start(self, evaluation: Evaluation) -> None:
         """Say what is trained."""
-        e = evaluation
+        self._evaluation = e = evaluation
         where = "" if e.path is None else f", {e.path}"
         begun = f", continued after epoch {e.epoch}" if e.resumed else ""
         self._write(
@@ -77,7 +78,8 @@ class TextProgress(Progress):
             f"lr {record['lr']:.4g}",
             f"{record['seconds']:.1f} s",
         ]
-        self._write(", ".join([*parts, *self._lines.left()]))
+        left = None if self._evaluation is None else self._evaluation.seconds_left
+        self._write(", ".join([*parts, *self._lines.left(left)]))
 
     def end(self, result: EvaluationResult) -> None:
         """Accuracy, parameters and multiply-accumulates."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,10 @@ from fastnas.data.interface import Data
 from fastnas.evaluate.config import EvaluateConfig
 from fastnas.evaluate.source import GenotypeSource
 from fastnas.search.checkpoint import CheckpointError, load_checkpoint
-from fastnas.spaces import get_space
+from fastnas.spaces import count_parameters, get_space
+
+if TYPE_CHECKING:
+    from fastnas.evaluate.train import Evaluation
 
 __all__ = ["NETWORK_KIND", "EvaluationResult", "load_network", "network_state"]
 
@@ -68,6 +71,31 @@ class EvaluationResult:
     device: str
     history: list[dict[str, Any]]
     path: Path | None
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> EvaluationResult:
+        """What an evaluation has measured that is over."""
+        e, last = evaluation, evaluation.history[-1]
+        assert e.best is not None
+        return cls(
+            source=e.source.label,
+            genotype=e.source.genotype,
+            space=e.source.space,
+            data=e.data.name,
+            epochs=e.epoch,
+            accuracy=last["test_accuracy"],
+            accuracy_top5=last["test_accuracy_top5"],
+            best_accuracy=e.best[0],
+            best_epoch=e.best[1],
+            parameters=e.parameters,
+            parameters_with_auxiliary=count_parameters(e.network, auxiliary=True),
+            macs=e.operations.macs,
+            macs_with_elementwise=e.operations.with_elementwise,
+            seconds=round(sum(record["seconds"] for record in e.history), 3),
+            device=str(e.device),
+            history=e.history,
+            path=e.path,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``result.json``: everything but the history and the folder."""

@@ -28,10 +28,10 @@ from fastnas.evaluate.result import (
     network_arguments,
     network_state,
 )
-from fastnas.evaluate.source import GenotypeSource, find_genotype, space_of
+from fastnas.evaluate.source import GenotypeSource, space_of
 from fastnas.methods import Outcome
 from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_state, set_rate
-from fastnas.search.assembly import lay_out, noise_batch
+from fastnas.search.assembly import cut_batches, lay_out, noise_batch
 from fastnas.search.checkpoint import RandomState, save_checkpoint
 from fastnas.search.files import write_json, write_text
 from fastnas.search.layout import Step
@@ -85,8 +85,7 @@ class Evaluation(Resumable):
         self.device = config.torch_device()
         check_threads(config.threads)
         if genotype is None:
-            own = config.out if config.resume and config.out != "auto" else None
-            self.source = find_genotype(config.source, own)
+            self.source = config.find_source()
         elif isinstance(genotype, GenotypeSource):
             self.source = genotype
         else:
@@ -164,11 +163,13 @@ class Evaluation(Resumable):
             if self._directory is not None:
                 write_text(self._directory.genotype, self.source.genotype.to_json())
             self._tell(self.progress.start, self)
+            for cut in cut_batches(self.config.batch_size, {"training": self._batches}):
+                self._tell(self.progress.note, cut)
             self._choose_layout()
             while self.epoch < self.config.epochs:
                 self._obey()
                 self._run_epoch()
-            result = self._result()
+            result = EvaluationResult.of(self)
             if self._directory is not None:
                 write_json(self._directory.path / "result.json", result.to_dict())
             self._tell(self.progress.end, result)
@@ -200,7 +201,7 @@ class Evaluation(Resumable):
             self.step += 1
             self._train.add(outcome, self.step)
             now = time.perf_counter()
-            self._pace.add(False, now - clock)
+            self._pace.add("plain", now - clock)
             self._seconds += now - clock
             clock = now
             if self.step % c.log_every == 0 or self.step == self.steps_per_epoch:
@@ -263,6 +264,7 @@ class Evaluation(Resumable):
         top1, top5 = Meter(self.device), Meter(self.device)
         steps = len(self._tests)
         self.network.eval()
+        clock = time.perf_counter()
         for number, (x, y) in enumerate(self._tests.iterate(0), 1):
             with torch.no_grad():
                 logits, _ = self._forward(x)
@@ -270,10 +272,15 @@ class Evaluation(Resumable):
                 ranked = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices == y[:, None]
             top1.add(Outcome(loss, ranked[:, 0].sum(), len(y)), number)
             top5.add(Outcome(loss, ranked.sum(), len(y)), number)
+            now = time.perf_counter()
+            self._pace.add("test", now - clock)
+            clock = now
             if number % self.config.log_every == 0 or number == steps:
                 report = self._report("validation", top1, lr, number, steps)
                 self._tell(self.progress.step, report)
             self._obey()
+        # On a GPU the last report has waited for the batches before it.
+        self._pace.add("test", time.perf_counter() - clock, 0)
         self.network.train()
         return top1, top5
 
@@ -308,8 +315,19 @@ class Evaluation(Resumable):
             self._directory.append_metrics(record)
         self._tell(self.progress.epoch, record)
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate for the rest; None before the first batch."""
+        return self._left()
+
+    def _left(self, tested: int = 0) -> float | None:
+        epochs = self.config.epochs - self.epoch
+        return self._pace.seconds(
+            plain=epochs * self.steps_per_epoch - self.step,
+            test=epochs * len(self._tests) - tested,
+        )
+
     def _report(self, phase: Any, meter: Meter, lr: float, step: int, steps: int) -> StepReport:
-        left = (self.config.epochs - self.epoch) * self.steps_per_epoch - self.step
         return StepReport(
             phase=phase,
             epoch=self.epoch + 1,
@@ -320,30 +338,7 @@ class Evaluation(Resumable):
             accuracy=meter.accuracy,
             arch_loss=None,
             lr=lr,
-            seconds_left=self._pace.seconds(left, 0),
-        )
-
-    def _result(self) -> EvaluationResult:
-        last = self.history[-1]
-        assert self.best is not None
-        return EvaluationResult(
-            source=self.source.label,
-            genotype=self.source.genotype,
-            space=self.source.space,
-            data=self.data.name,
-            epochs=self.epoch,
-            accuracy=last["test_accuracy"],
-            accuracy_top5=last["test_accuracy_top5"],
-            best_accuracy=self.best[0],
-            best_epoch=self.best[1],
-            parameters=self.parameters,
-            parameters_with_auxiliary=count_parameters(self.network, auxiliary=True),
-            macs=self.operations.macs,
-            macs_with_elementwise=self.operations.with_elementwise,
-            seconds=round(sum(record["seconds"] for record in self.history), 3),
-            device=str(self.device),
-            history=self.history,
-            path=self.path,
+            seconds_left=self._left(step if phase == "validation" else 0),
         )
 
     # --- state -------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ class MeasureConfig:
     """What is timed, and how."""
 
     space: str = "darts"
-    """Whose blocks are timed: a key of fastnas.spaces.SPACES."""
+    """Whose blocks are timed: darts, nasbench201 or mbconv."""
     out: str | None = "latency.json"
-    """File of the table; from Python, none writes nothing."""
+    """File of the table; None writes nothing."""
     resume: bool = False
     """Continue the table in --out."""
 

@@ -31,6 +31,7 @@ from fastnas.search.files import read_json, write_text
 from fastnas.spaces import NetworkShape, get_space
 from fastnas.spaces.base import Space
 from fastnas.spaces.blocks import BlockRules
+from fastnas.spaces.genotype_file import short
 
 __all__ = ["BlockTime", "Calibration", "LatencyTable", "Procedure", "block_rules", "quartiles"]
 
@@ -310,12 +311,12 @@ def _checked_keys(data: Any, where: str) -> Mapping[str, Any]:
         raise ValueError(f"{where}: expected an object, but got {type(data).__name__}")
     if data.get("format") != FORMAT:
         raise ValueError(
-            f"{where}: format: expected {FORMAT!r}, but got {data.get('format')!r:.60}"
+            f"{where}: format: expected {FORMAT!r}, but got {short(data.get('format'))}"
         )
     version = data.get("version")
-    if version != VERSION or isinstance(version, bool):
+    if type(version) is not int or version != VERSION:
         raise ValueError(
-            f"{where}: version: expected {VERSION}, but got {version!r:.60}; "
+            f"{where}: version: expected {VERSION}, but got {short(version)}; "
             "it was written by another fastnas"
         )
     if missing := [key for key in _KEYS if key not in data]:

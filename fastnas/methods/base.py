@@ -197,6 +197,11 @@ class Method(abc.ABC):
         return
 
     @classmethod
+    def idle(cls, config: Any) -> Mapping[str, str]:
+        """Options that do nothing as the others are -> what would make them do something."""
+        return {}
+
+    @classmethod
     def supernet_options(cls, options: MethodOptions) -> dict[str, Any]:
         """Keyword arguments the method adds when the supernet is built."""
         return {}
@@ -226,8 +231,7 @@ class Method(abc.ABC):
     def weights(self, arch: ArchParameters, moment: Moment) -> Mapping[str, Weighting]:
         """The weights of the mixed ops, or what was chosen or drawn among them, by cell kind.
 
-        The caller switches gradients off where the architecture is held fixed, so a method need
-        not look at the phase for that.
+        The caller switches gradients off where the architecture is held fixed.
         """
 
     @abc.abstractmethod
@@ -269,8 +273,7 @@ class Method(abc.ABC):
     def derive(self, arch: ArchParameters, space: Space) -> Any:
         """The genotype: the space's rule applied to the method's scores.
 
-        With a target, and where a network's cost is the sum of its choices, the best
-        network under the target (``fastnas.methods.budget``).
+        In a chain of blocks with a target, the best network under it (``fastnas.methods.budget``).
         """
         with torch.no_grad():
             return space.derive(self._final_scores(arch), self.specs)
@@ -308,8 +311,7 @@ class Method(abc.ABC):
         Args:
             learner: supernet, architecture parameters and their optimizers.
             train: batch of the half the weights are trained on.
-            val: draws a batch of the half the architecture is trained on; None in the epochs in
-                which the architecture is frozen.
+            val: draws a batch of the half the architecture is trained on; None while it is frozen.
             moment: when.
 
         Returns:
@@ -318,8 +320,7 @@ class Method(abc.ABC):
         outcome = None
         if val is not None:
             outcome = self.architecture_step(learner, train, val(), moment.during("architecture"))
-            if self.term is not None:
-                self.settle(learner.arch, moment)
+            self.settle(learner.arch, moment)
         return learner.weight_step(train, moment.during("weights")), outcome
 
     def settle(self, arch: ArchParameters, moment: Moment) -> None:

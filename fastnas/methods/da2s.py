@@ -52,24 +52,25 @@ class DA2SOptions(MethodOptions):
     parametrisation: Literal["released", "plain"] = "released"
     """Logits of the candidates: released takes 2 alpha and its cube below -1, plain takes alpha."""
     schedule: ContinuationName = "linear"
-    """Growth of the whole second loss over the epochs."""
+    """Growth of the second loss over the epochs; see aux_weight."""
     op_schedule: ContinuationName = "delayed-log"
-    """Growth of the candidates' term in it."""
+    """Growth of the candidates' term in the second loss."""
     edge_schedule: ContinuationName = "const"
-    """Growth of the edges' term in it."""
+    """Growth of the edges' term in the second loss."""
     delay: int = 8
-    """Epochs for which a delayed schedule stays 0."""
+    """Epochs for which a schedule called delayed-... stays 0."""
     aux_weight: float = 0.1
-    """A: weight of the second loss."""
+    """A: weight of the second loss, which pushes the weights of candidates and edges to what they
+    are in a derived cell."""
     op_weight: float = 1.0
-    """a: weight of the candidates' term in it."""
+    """a: weight of the candidates' term in the second loss."""
     edge_weight: float = 4.0
-    """b: weight of the edges' term in it."""
+    """b: weight of the edges' term in the second loss."""
     sum_weight: float = 0.2
-    """Weight of the term that holds the number of edges at the target. To keep m edges it must
+    """Weight, within the edges' term, of what holds their number at keep. To keep m edges it must
     exceed (m - 1) / (2 m^2)."""
     alpha_warmup_epochs: int = 8
-    """First epochs of the architecture in which only the betas move."""
+    """First epochs in which of the architecture only the weights of the edges (betas) move."""
     partial_channels: int = 1
     """k: one in k channels of an edge passes through the candidates, as in PC-DARTS; 1 is all."""
 
@@ -191,6 +192,22 @@ class DA2S(Method):
                 f"target: expected none with the method 'da2s', whose target are edges (keep), "
                 f"but got {config.target!r}"
             )
+
+    @classmethod
+    def idle(cls, config: Any) -> dict[str, str]:
+        """What belongs to terms without weight, and the delay of schedules without one."""
+        o, idle = cast(DA2SOptions, config.options), {}
+        terms = {"op_weight": ("op_schedule",), "edge_weight": ("edge_schedule", "sum_weight")}
+        if not o.aux_weight:
+            names = ("schedule", *terms, *(name for names in terms.values() for name in names))
+            idle = dict.fromkeys(names, "aux_weight above 0, but got 0")
+        for weight, names in terms.items():
+            if not getattr(o, weight):
+                idle |= dict.fromkeys(names, f"{weight} above 0, but got 0")
+        schedules = {"schedule", "op_schedule", "edge_schedule"} - set(idle)
+        if not any(getattr(o, name).startswith("delayed-") for name in schedules):
+            idle["delay"] = "a schedule that is delayed, but got none"
+        return idle
 
     @classmethod
     def supernet_options(cls, options: MethodOptions) -> dict[str, Any]:

@@ -53,8 +53,9 @@ class EngineOptions(DartsOptions):
     """Options that both methods have."""
 
     engine_cells: str = "last"
-    """Which cells are Engine-cells: last is the last of each kind; 2,5 or 0,2,5 their numbers from
-    0, at least one of each kind; all mixes in every cell. The later, the less memory it takes."""
+    """Which cells are Engine-cells, which mix all candidates, while the others host what would be
+    derived now: last is the last of each kind; 2,5 or 0,2,5 their numbers from 0, at least one of
+    each kind; all is every cell. The later, the less memory it takes."""
     share: bool = True
     """A candidate that leaves a state is one for all later nodes, and computed once (feature
     sharing)."""

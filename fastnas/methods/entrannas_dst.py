@@ -45,13 +45,13 @@ class EnTranNASDSTOptions(EngineOptions):
     detach_max: bool = False
     """Let no gradient through the largest weight of a node, which the others are compared with."""
     beta_init: float = 0.0
-    """First value of the thresholds' logits. At 0 a connection stays that is half as strong as its
-    node's strongest; lower ones keep more."""
+    """First value of the nodes' thresholds, as logits; what exceeds them stays. At 0 a connection
+    stays that is half as strong as its node's strongest; lower ones keep more."""
     sparsity_lambda: float = 0.0
     """Weight of a term that raises the thresholds: the mean over all connections of how much they
     exceed them. Ours, not the authors'."""
     keep_weights: bool = False
-    """In the pruned supernet of the gap, let Engine-cells keep the weights of the connections
+    """In the pruned supernet of `fastnas gap`, let Engine-cells keep the weights of the connections
     instead of 1."""
 
     def __post_init__(self) -> None:

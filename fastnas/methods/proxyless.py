@@ -33,14 +33,20 @@ from fastnas.spaces.base import CellGates, CellWeights, Weighting
 _DRAWS = 20
 """Bits of the sampler's step for the draws within one iteration."""
 
+_OF_REINFORCE = ("rl_samples", "rl_updates", "rl_exponent", "rl_baseline")
+# The reward of REINFORCE has the cost in it, and its steps no other loss.
+_OF_GATES = ("arch_every", "arch_steps", "zero_policy", "target_weight", "target_rate")
+"""Options that only one kind of estimator looks at."""
+
 
 @dataclass(frozen=True)
 class ProxylessOptions(MethodOptions):
     """Options of the method ``proxyless``."""
 
     estimator: Literal["full", "two", "reinforce"] = "full"
-    """Gradient of the architecture: of all candidates' gates (they are run once more, one by one,
-    without storing anything), of two candidates' gates, or by REINFORCE."""
+    """Gradient of the architecture, of which one path runs in a step: full takes it from all
+    candidates (run once more, one by one, without storing anything), two from two candidates that
+    are drawn, reinforce from the accuracy of whole networks, by REINFORCE."""
     arch_every: int = 5
     """Iterations from one architecture step to the next; not of REINFORCE."""
     arch_steps: int = 1
@@ -52,18 +58,20 @@ class ProxylessOptions(MethodOptions):
     """Learning rate at the start of that cosine."""
     zero_policy: Literal["exact", "skip"] = "exact"
     """What a block learns while it is skipped: its gradient like any other, or, as in the released
-    code, nothing."""
+    code, nothing; not of REINFORCE."""
     importance: bool = False
-    """With two: weigh each pair so that the mean over the pairs is the gradient of full."""
+    """With the estimator two: weigh each pair so that the mean over the pairs is the gradient of
+    full."""
     rl_samples: int = 10
-    """Networks that are tested for one step of REINFORCE."""
+    """Networks that are tested for one step of REINFORCE (the options rl_... are of it alone)."""
     rl_updates: int = 300
     """Steps of REINFORCE in an epoch, spread evenly over it."""
     rl_exponent: float = 0.1
-    """w in the reward: accuracy (T / cost)^w."""
+    """w in the reward of REINFORCE where there is a target T: accuracy (T / cost)^w."""
     rl_baseline: BaselineRule = "released"
-    """released: 0.99 of the new mean reward and 0.01 of the old baseline, as in the released code.
-    average: the ordinary moving average, 0.01 of the new and 0.99 of the old."""
+    """What REINFORCE takes off the rewards. released: 0.99 of the new mean reward and 0.01 of the
+    old baseline, as in the released code. average: the ordinary moving average, 0.01 of the new
+    and 0.99 of the old."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -160,6 +168,22 @@ class Proxyless(Method):
             ):
                 if value != 0:
                     raise ValueError(f"{name}: expected 0 with two paths, but got {value}")
+
+    @classmethod
+    def idle(cls, config: Any) -> dict[str, str]:
+        """What belongs to another estimator, to a warm-up or to a target that is not there."""
+        o, idle = cast(ProxylessOptions, config.options), {}
+        found = f"but got {o.estimator!r}"
+        if not o.warmup_epochs:
+            idle["warmup_lr"] = "warmup_epochs above 0, but got 0"
+        if o.estimator != "two":
+            idle["importance"] = f"the estimator 'two', {found}"
+        if o.estimator != "reinforce":
+            return idle | dict.fromkeys(_OF_REINFORCE, f"the estimator 'reinforce', {found}")
+        idle |= dict.fromkeys(_OF_GATES, f"the estimator 'full' or 'two', {found}")
+        if config.target is None:
+            idle["rl_exponent"] = "a target as well, but got None"
+        return idle
 
     def parameters(self) -> ArchParameters:
         """Alphas drawn from N(0, 1e-6), a parameter for each edge."""

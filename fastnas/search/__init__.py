@@ -17,8 +17,9 @@ from fastnas.search.config import PRESETS, SearchConfig, preset_config
 from fastnas.search.files import RunDirectory
 from fastnas.search.gap import Gap
 from fastnas.search.interrupts import RunInterrupted
-from fastnas.search.loop import Search, SearchResult
+from fastnas.search.loop import Search
 from fastnas.search.progress import Progress, StepReport, TextProgress
+from fastnas.search.result import SearchResult
 from fastnas.search.resumable import NonFiniteLossError
 from fastnas.search.schedule import learning_rate
 

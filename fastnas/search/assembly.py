@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,11 @@ class Halves:
     architecture: Endless
     validation: EpochBatches
 
+    @property
+    def trained(self) -> dict[str, EpochBatches]:
+        """The batches of the steps, by what is trained on them."""
+        return {"weights": self.weights, "architecture": self.architecture.batches}
+
     def lay_out(self, layout: torch.memory_format) -> None:
         """Give all images in a memory format from now on."""
         for batches in (self.weights, self.architecture.batches, self.validation):
@@ -58,6 +64,16 @@ def build_halves(data: Data, config: SearchConfig, device: torch.device) -> Halv
         )
 
     return Halves(batches(first, True), Endless(batches(second, True)), batches(second, False))
+
+
+def cut_batches(asked: int, parts: Mapping[str, EpochBatches]) -> list[str]:
+    """What to say where batches are smaller than asked for, by what is trained on them."""
+    return [
+        f"batch size: {part.batch_size} instead of {asked} for the {name}, "
+        "since there are no more images"
+        for name, part in parts.items()
+        if part.batch_size < asked
+    ]
 
 
 def split_images(data: Data, config: SearchConfig) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,9 @@ def observe(search: Search, accuracy: float | None) -> dict[str, Any]:
         # The same batch in every epoch: this is a measurement.
         batch = next(iter(search.halves.validation.iterate(0)))
         moment = search.moment("architecture")
+        began = time.perf_counter()
         record["eigenvalue"] = alpha_eigenvalue(search.learner, batch, moment)
+        search.pace.add("hessian", time.perf_counter() - began)
     record["warnings"] = warnings(record, search.history, config, specs)
     if config.early_stop == "hessian":
         rise = find_rise(

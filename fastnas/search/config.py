@@ -34,30 +34,33 @@ class SearchConfig:
     """Everything that decides how a search goes."""
 
     space: str = "darts"
-    """What is searched: a key of fastnas.spaces.SPACES."""
+    """What is searched: darts (two cells, stacked), nasbench201 (one cell with an operation on each
+    edge) or mbconv (a chain of blocks, as in ProxylessNAS)."""
     method: str = "pc_darts"
-    """How it is searched: a key of fastnas.methods.METHODS."""
+    """How it is searched: darts (in every space), pc_darts, da2s, entrannas, entrannas_dst (in the
+    spaces darts and nasbench201) or proxyless (in mbconv and nasbench201)."""
     data: str = DEFAULT
     """Images to search on: fashion-mnist-mini (in the package), fashion-mnist:DIR, cifar10:DIR,
-    cifar100:DIR or folder:DIR (a sub-folder a class); see fastnas.data.load."""
+    cifar100:DIR or folder:DIR (a sub-folder a class)."""
     image_size: int | None = None
-    """Side of the images in pixels; none keeps the size of the data."""
+    """Side of the images in pixels: those of a folder are resized to it, others get a black border.
+    None keeps the size of the data."""
     out: str | None = "runs/demo"
-    """Folder of the run; from Python, none writes nothing."""
+    """Folder of the run; None writes nothing."""
     resume: bool = False
     """Continue the run in --out from its checkpoint."""
 
     C: int = 8
-    """Channels of the first cell's nodes (spaces of cells)."""
+    """Channels of the first cell's nodes (spaces darts and nasbench201)."""
     layers: int = 3
-    """Number of cells of the supernet (spaces of cells)."""
+    """Number of cells of the supernet (spaces darts and nasbench201)."""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """First layers: cifar keeps the image size, imagenet divides it by eight (spaces of cells)."""
+    """First layers: cifar keeps the image size, imagenet divides it by eight (space darts)."""
 
     epochs: int = 4
     """Passes over the images that the weights are trained on (--weight-share of them)."""
     batch_size: int = 32
-    """Images in a batch of the weights, and in one of the architecture."""
+    """Images in a batch of the weights, and in one of the architecture; no more than there are."""
     lr: float = 0.05
     """Learning rate of the weights (SGD) at the start; it falls along a cosine."""
     lr_min: float = 0.0
@@ -94,13 +97,13 @@ class SearchConfig:
     with a multiplier lambda that adapts itself. linear: weight (E - T) / T. log_ratio: the loss
     times (log E / log T)^weight."""
     target_weight: float | None = None
-    """Factor of linear, exponent of log_ratio, first lambda of constraint; none: 0.1, 0.3, 0."""
+    """Factor of linear, exponent of log_ratio, first lambda of constraint; None: 0.1, 0.3, 0."""
     target_rate: float = 0.02
     """Step of the lambda of constraint."""
     latency_table: str | None = None
-    """Table of block times for a latency, as `fastnas latency measure` writes it."""
+    """Table of block times for a target of latency, as `fastnas latency measure` writes it."""
     foreign_table: bool = False
-    """Take a table of another machine or version of PyTorch."""
+    """Take a latency table of another machine or version of PyTorch as well."""
 
     weight_share: float = 0.16
     """Share of the training images that the weights are trained on."""
@@ -115,14 +118,15 @@ class SearchConfig:
     validate: Literal["every", "last", "never"] = "last"
     """After which epochs the supernet is tested on the images of the architecture."""
     val_batches: int = 0
-    """Batches of such a test; 0 for all."""
+    """Batches of a test of the supernet; 0 for all."""
     gap: bool = True
-    """At the end, test the supernet pruned to what was found as well: see fastnas gap."""
+    """At the end, test the supernet pruned to what was found as well, as `fastnas gap` does."""
     hessian_every: int = 0
     """Epochs between two measurements of the largest eigenvalue of the validation loss' Hessian in
-    the alphas, which grows where they overfit; 0 for none, with early stopping for each epoch."""
+    the alphas, which grows where they overfit; 0 for none, but with --early-stop one an epoch."""
     early_stop: Literal["off", "hessian"] = "off"
-    """hessian: stop where that eigenvalue rises; what was found before is the result (R-DARTS)."""
+    """hessian: stop where the eigenvalue of the Hessian rises; what was found before is the result
+    (R-DARTS)."""
 
     seed: int = 2
     """Seed of everything random."""
@@ -132,7 +136,8 @@ class SearchConfig:
     """Mixed precision of the supernet."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Layout of images and weights; auto times both at the start and keeps the faster one. Runs of
-    less than 400 steps (2000 replayed) take channels_last on a CPU and contiguous elsewhere."""
+    less than 400 steps (2000, where they are replayed as CUDA graphs) take channels_last on a CPU
+    and contiguous elsewhere."""
     memory: Memory = "default"
     """low keeps less of a forward for its backward, which computes again what is cheap: the same
     numbers from less memory, in 1.05 to 1.3 times the time."""
@@ -149,11 +154,11 @@ class SearchConfig:
     network: Annotated[SpaceOptions, tyro.conf.arg(name="space")] = field(
         default_factory=SpaceOptions
     )
-    """Options of the space; where none are given, those of its demo."""
+    """Options of the space alone; from Python, those of its demo where none are given."""
     options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = field(
         default_factory=MethodOptions
     )
-    """Options of the method; where none are given, those of its demo."""
+    """Options of the method alone; from Python, those of its demo where none are given."""
 
     def __post_init__(self) -> None:
         """Check ranges and names, and give the method its own kind of options."""

@@ -9,6 +9,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from fastnas.spaces.genotype_file import short
+
 T = TypeVar("T")
 
 SEEDS = 2**63
@@ -33,13 +35,13 @@ def from_dict(cls: type[T], data: Any, where: str = "configuration") -> T:
         ValueError: an unknown key, a value of the wrong type, or one that the dataclass refuses.
     """
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where}: expected an object with fields, but got {_short(data)}")
+        raise ValueError(f"{where}: expected an object with fields, but got {short(data)}")
     hints = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cast(Any, cls))]
     values = {}
     for key, value in data.items():
         if key not in names:
-            raise ValueError(f"{where}: unknown field {_short(key)}; known are {', '.join(names)}")
+            raise ValueError(f"{where}: unknown field {short(key)}; known are {', '.join(names)}")
         values[key] = _convert(hints[key], value, f"{where}: {key}")
     try:
         return cls(**values)
@@ -74,7 +76,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
         choices = ", ".join(repr(choice) for choice in arguments)
-        raise ValueError(f"{where}: expected one of {choices}, but got {_short(value)}")
+        raise ValueError(f"{where}: expected one of {choices}, but got {short(value)}")
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -90,7 +92,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{where}: expected a list, but got {_short(value)}")
+        raise ValueError(f"{where}: expected a list, but got {short(value)}")
     if arguments[-1] is Ellipsis:
         arguments = (arguments[0],) * len(value)
     if len(value) != len(arguments):
@@ -104,12 +106,12 @@ def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...
 def _scalar(hint: Any, value: Any, where: str) -> Any:
     # bool is an int to Python, not to a reader of the file; an int is a fine float to both.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(
+                f"{where}: expected a smaller number, but got {short(value)}"
+            ) from None
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ValueError(f"{where}: expected {hint.__name__}, but got {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    raise ValueError(f"{where}: expected {hint.__name__}, but got {short(value)}")

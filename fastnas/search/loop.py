@@ -12,9 +12,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,38 +22,22 @@ from fastnas.data import load
 from fastnas.data.interface import Data
 from fastnas.methods import ArchParameters, Method, Moment, Phase
 from fastnas.methods.graphs import with_graphs
-from fastnas.search.assembly import build_halves, build_learner, noise_batch
+from fastnas.search.assembly import build_halves, build_learner, cut_batches, noise_batch
 from fastnas.search.checkpoint import RandomState
 from fastnas.search.collapse import observe
 from fastnas.search.config import RUNTIME_FIELDS, SearchConfig
 from fastnas.search.files import write_text
 from fastnas.search.gap import BN_BATCHES, Gap, measure_gap
+from fastnas.search.idle import refuse_idle_values
 from fastnas.search.layout import Step
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.progress import Progress, StepReport, TextProgress
+from fastnas.search.remaining import seconds_left
+from fastnas.search.result import SearchResult
 from fastnas.search.resumable import Resumable, data_identity
 from fastnas.search.runtime import check_threads
 from fastnas.search.schedule import learning_rate
 from fastnas.spaces import get_space
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
-
-    Attributes:
-        genotype: the derived architecture, an instance of the space's genotype class.
-        history: one record an epoch, as in ``metrics.jsonl``.
-        path: the run's folder, None when nothing was written.
-        stopped: where the search was stopped early, the epoch the genotype is of; else None.
-        gap: what pruning the supernet to the genotype costs; None where it was not measured.
-    """
-
-    genotype: Any
-    history: list[dict[str, Any]]
-    path: Path | None
-    stopped: int | None = None
-    gap: Gap | None = None
 
 
 class Search(Resumable):
@@ -72,6 +55,7 @@ class Search(Resumable):
         steps_per_epoch: iterations in an epoch.
         history: records of the finished epochs.
         resumed: whether a checkpoint was loaded.
+        pace: how long its parts take.
 
     Raises:
         ValueError: the configuration does not fit space, method, data or machine, or is not that
@@ -90,6 +74,8 @@ class Search(Resumable):
         if data is not None:
             config = replace(config, data=data.name)
         self.config = config
+        if not config.resume:
+            refuse_idle_values(config)
         self.device = config.torch_device()
         check_threads(config.threads)
         self.progress = TextProgress() if progress is None else progress
@@ -108,7 +94,7 @@ class Search(Resumable):
         self._remarks: list[str] = []
         self.learner = with_graphs(learner, config.cuda_graphs, self._remarks.append)
         self._train, self._arch = Meter(self.device), Meter(self.device)
-        self._pace = Pace()
+        self.pace = Pace()
         self._seconds = 0.0
         if config.resume:
             self._restore()
@@ -138,6 +124,11 @@ class Search(Resumable):
         """Whether there is nothing left to do."""
         return self.epoch >= self.config.epochs or self.stopped is not None
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate for the rest; None before the first iteration."""
+        return seconds_left(self)
+
     def genotype(self) -> Any:
         """The architecture that would be derived now; of an earlier epoch after an early stop."""
         return self.genotype_of(self.stopped)
@@ -163,7 +154,7 @@ class Search(Resumable):
             self.space,
             self.genotype() if genotype is None else genotype,
             self.moment("validation"),
-            validation=lambda: islice(self.halves.validation.iterate(0), self._test_steps),
+            validation=lambda: islice(self.halves.validation.iterate(0), self.test_steps),
             training=lambda: islice(self.halves.weights.iterate(0), BN_BATCHES),
             supernet=supernet,
             pause=self._obey,
@@ -184,6 +175,8 @@ class Search(Resumable):
         """
         with self._running(self.config.threads, self.config.deterministic):
             self._tell(self.progress.start, self)
+            for cut in cut_batches(self.config.batch_size, self.halves.trained):
+                self._tell(self.progress.note, cut)
             self._choose_layout()
             while not self.over:
                 self._obey()
@@ -218,7 +211,7 @@ class Search(Resumable):
             if arch_outcome is not None:
                 self._arch.add(arch_outcome, self.step)
             now = time.perf_counter()
-            self._pace.add(not frozen, now - clock)
+            self.pace.add("plain" if frozen else "architecture", now - clock)
             self._seconds += now - clock
             clock = now
             if self.step % config.log_every == 0 or self.step == self.steps_per_epoch:
@@ -231,7 +224,7 @@ class Search(Resumable):
         self._finish_epoch(val, lr, signs)
 
     @property
-    def _test_steps(self) -> int:
+    def test_steps(self) -> int:
         """Batches of a test of the supernet."""
         return min(len(self.halves.validation), self.config.val_batches or 2**31)
 
@@ -258,17 +251,23 @@ class Search(Resumable):
         last = self.epoch == config.epochs - 1
         if config.validate == "never" or (config.validate == "last" and not last):
             return meter
-        steps = self._test_steps
+        steps = self.test_steps
         self.supernet.eval()
+        clock = time.perf_counter()
         # The same order in every epoch: this is a measurement.
         batches = self.halves.validation.iterate(0)
         for number, batch in zip(range(1, steps + 1), batches, strict=False):
             outcome = self.method.evaluate(self.learner, batch, self.moment("validation"))
             meter.add(outcome, number)
+            now = time.perf_counter()
+            self.pace.add("test", now - clock)
+            clock = now
             if number % config.log_every == 0 or number == steps:
                 report = self._report("validation", meter, lr, (number, steps))
                 self._tell(self.progress.step, report)
             self._obey()
+        # On a GPU the last report has waited for the batches before it.
+        self.pace.add("test", time.perf_counter() - clock, 0)
         self.supernet.train()
         return meter
 
@@ -308,11 +307,6 @@ class Search(Resumable):
         self, phase: Any, meter: Meter, lr: float, done: tuple[int, int] | None = None
     ) -> StepReport:
         step, steps = done or (self.step, self.steps_per_epoch)
-        left = self.config.epochs * self.steps_per_epoch - self.moment(phase).step
-        with_arch = min(
-            left,
-            max(self.config.epochs - self.config.arch_warmup_epochs, 0) * self.steps_per_epoch,
-        )
         return StepReport(
             phase=phase,
             epoch=self.epoch + 1,
@@ -323,7 +317,7 @@ class Search(Resumable):
             accuracy=meter.accuracy,
             arch_loss=self._arch.loss,
             lr=lr,
-            seconds_left=self._pace.seconds(left - with_arch, with_arch),
+            seconds_left=seconds_left(self, step if phase == "validation" else 0),
         )
 
     def _trial(self, layout: torch.memory_format) -> Step:

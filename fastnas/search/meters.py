@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -81,33 +82,44 @@ class Meter:
         self._correct += state["correct"].to(self._device)
 
 
+Kind = Literal["plain", "architecture", "test", "hessian"]
+"""Iterations without and with an architecture step, batches of a test, looks at the Hessian."""
+
+
 class Pace:
-    """Seconds per iteration, apart for iterations with and without an architecture step."""
+    """Seconds that the parts of a run take, by kind, as measured so far."""
 
     # What an iteration with an architecture step costs, as a multiple of one without, until
     # one was seen: it makes two forward and backward passes.
     _GUESS = 2.0
 
     def __init__(self) -> None:
-        self._seconds = {False: 0.0, True: 0.0}
-        self._steps = {False: 0, True: 0}
+        self._seconds: dict[Kind, float] = defaultdict(float)
+        self._counts: dict[Kind, int] = defaultdict(int)
 
-    def add(self, architecture: bool, seconds: float) -> None:
-        """Note one iteration."""
-        self._seconds[architecture] += seconds
-        self._steps[architecture] += 1
+    def add(self, kind: Kind, seconds: float, count: int = 1) -> None:
+        """Note so many of a kind, which took so long together."""
+        self._seconds[kind] += seconds
+        self._counts[kind] += count
 
-    def seconds(self, plain: int, architecture: int) -> float | None:
-        """Estimate for so many iterations of each kind; None before the first iteration."""
-        with_it, without = self._mean(True), self._mean(False)
+    def seconds(
+        self, *, plain: int = 0, architecture: int = 0, test: int = 0, hessian: int = 0
+    ) -> float | None:
+        """Estimate for so many of each kind; None before the first iteration.
+
+        Iterations of one kind are guessed from the other until one was seen; tests and Hessians
+        count for nothing until then.
+        """
+        with_it, without = self._mean("architecture"), self._mean("plain")
         if with_it is None and without is None:
             return None
         if with_it is None:
             with_it = self._GUESS * (without or 0.0)
         if without is None:
             without = with_it / self._GUESS
-        return plain * without + architecture * with_it
+        ends = test * (self._mean("test") or 0.0) + hessian * (self._mean("hessian") or 0.0)
+        return plain * without + architecture * with_it + ends
 
-    def _mean(self, architecture: bool) -> float | None:
-        steps = self._steps[architecture]
-        return self._seconds[architecture] / steps if steps else None
+    def _mean(self, kind: Kind) -> float | None:
+        count = self._counts[kind]
+        return self._seconds[kind] / count if count else None

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:
-    from fastnas.search.loop import Search, SearchResult
+    from fastnas.search.loop import Search
+    from fastnas.search.result import SearchResult
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,9 @@ class Lines:
         self._stream = stream
         self._every = every
         self._last = time.monotonic()
-        self._left: float | None = None
 
     def step(self, report: StepReport) -> None:
         """A line now and then, where epochs are long."""
-        self._left = report.seconds_left
         if time.monotonic() - self._last < self._every:
             return
         parts = [f"epoch {report.epoch}/{report.epochs}", f"step {report.step}/{report.steps}"]
@@ -92,11 +91,12 @@ class Lines:
             parts[1] = f"test {parts[1]}"
         if report.loss is not None and report.accuracy is not None:
             parts += [f"loss {report.loss:.4f}", f"accuracy {report.accuracy:.1%}"]
-        self.write(", ".join([*parts, *self.left()]))
+        self.write(", ".join([*parts, *self.left(report.seconds_left)]))
 
-    def left(self) -> list[str]:
-        """The time that is left as the last report had it, if it had one."""
-        return [f"{clock(self._left)} left"] if self._left else []
+    @staticmethod
+    def left(seconds: float | None) -> list[str]:
+        """The time that is left, where there is an estimate and something to do."""
+        return [f"{clock(seconds)} left"] if seconds else []
 
     def write(self, line: str) -> None:
         """Write one line at once."""
@@ -173,6 +173,7 @@ class TextProgress(Progress):
     def __init__(self, stream: TextIO | None = None) -> None:
         self._lines = Lines(stream)
         self._write = self._lines.write
+        self._search: Search | None = None
 
     def step(self, report: StepReport) -> None:
         """A line where the last one was a minute ago."""
@@ -180,6 +181,7 @@ class TextProgress(Progress):
 
     def start(self, search: Search) -> None:
         """Say what is searched."""
+        self._search = search
         c = search.config
         where = f", {c.out}" if c.out else ""
         begun = f", continued after epoch {search.epoch}" if search.resumed else ""
@@ -205,7 +207,8 @@ class TextProgress(Progress):
         parts.append(f"lr {record['lr']:.4g}")
         parts += signs(record)
         parts.append(f"{record['seconds']:.1f} s")
-        self._write(", ".join([*parts, *self._lines.left()]))
+        left = None if self._search is None else self._search.seconds_left
+        self._write(", ".join([*parts, *self._lines.left(left)]))
 
     def warning(self, text: str) -> None:
         """A line that begins with ``warning:``."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from fastnas.nn.gates import Gate
+from fastnas.spaces.genotype_file import short
 
 if TYPE_CHECKING:
     from fastnas.spaces.blocks import BlockRules
@@ -33,16 +34,24 @@ __all__ = [
     "check_weights",
 ]
 
+_MOST = 1 << 20
+"""Of channels, cells, blocks, classes and pixels of a side."""
+
 Connections = tuple[tuple[int, ...], ...]
 """For each edge of a cell the numbers of some of its candidates, ascending: a connection is a
 candidate on an edge."""
 
 
 def check_positive(**values: object) -> None:
-    """Raise a ValueError that names the first value that is not a positive integer."""
+    """Raise a ValueError that names the first value that is not a positive integer, or huge.
+
+    A file from elsewhere must not make lists of so many entries.
+    """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            raise ValueError(f"{name} must be a positive integer, got {short(value)}")
+        if value > _MOST:
+            raise ValueError(f"{name} must be at most {_MOST}, got {short(value)}")
 
 
 class CellWeights(NamedTuple):

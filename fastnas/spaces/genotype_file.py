@@ -17,7 +17,10 @@ __all__ = ["JSONGenotype", "check_length", "short"]
 
 def short(value: object) -> str:
     """A value for a message, not too long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # lists in lists without end, a number of too many digits
+        text = f"a value of the type {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

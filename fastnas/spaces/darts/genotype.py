@@ -15,6 +15,7 @@ from fastnas.spaces.darts.reading import (
     MAX_TEXT,
     Pair,
     check_concat,
+    check_distinct,
     check_inputs,
     check_keys,
     check_pairs,
@@ -40,7 +41,8 @@ class Genotype(JSONGenotype):
 
     Sources are states: 0 and 1 are the outputs of the two cells before, 2, 3, ... the
     intermediate nodes in order. The pairs stand node by node; of a derived genotype the higher
-    scored of a node comes first. A pair may occur twice in a node, and so may a source.
+    scored of a node comes first. A source may occur twice in a node, with another operation; the
+    same pair only where all nodes have two (format version 1).
 
     Attributes:
         normal: pairs of the normal cell.
@@ -53,8 +55,8 @@ class Genotype(JSONGenotype):
 
     Raises:
         ValueError: an unknown operation, a number of pairs that is not that of the nodes, a node
-            without pairs, a source that does not stand before its node, a concatenation of other
-            than intermediate nodes.
+            without pairs or with the same one twice, a source that does not stand before its node,
+            a concatenation of other than intermediate nodes.
     """
 
     normal: tuple[Pair, ...]
@@ -75,6 +77,12 @@ class Genotype(JSONGenotype):
             object.__setattr__(self, cell, check_pairs(cell, pairs, inputs))
             concat = check_concat(f"{cell}_concat", getattr(self, f"{cell}_concat"), len(inputs))
             object.__setattr__(self, f"{cell}_concat", concat)
+        if self._version == 2:
+            self._check_distinct()
+
+    def _check_distinct(self) -> None:
+        for cell in _CELLS:
+            check_distinct(cell, self.nodes(cell))
 
     @classmethod
     def from_nodes(
@@ -169,7 +177,7 @@ class Genotype(JSONGenotype):
             raise ValueError(f"genotype: wanted a JSON object, got {type(data).__name__}")
         for key, wanted in (("format", (_FORMAT,)), ("version", _VERSIONS), ("space", (_SPACE,))):
             found = data.get(key)
-            if isinstance(found, bool) or found not in wanted:
+            if type(found) is not type(wanted[0]) or found not in wanted:
                 choices = " or ".join(map(repr, wanted))
                 raise ValueError(f"genotype: {key} is {short(found)}, wanted {choices}")
         check_keys(set(data) - {"format", "version", "space"})
@@ -181,7 +189,10 @@ class Genotype(JSONGenotype):
         if nested:
             for cell in _CELLS:
                 values[cell], values[f"{cell}_inputs"] = flatten(cell, values[cell])
-        return cls(**values)
+        genotype = cls(**values)
+        if nested:
+            genotype._check_distinct()
+        return genotype
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON file; a reader sees the old file or the whole new one, never a part."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from typing import Any
 
 from fastnas.nn.candidates import candidate_names
@@ -14,6 +15,7 @@ __all__ = [
     "MAX_TEXT",
     "Pair",
     "check_concat",
+    "check_distinct",
     "check_inputs",
     "check_keys",
     "check_pairs",
@@ -119,16 +121,26 @@ def check_pairs(cell: str, pairs: Any, inputs: tuple[int, ...]) -> tuple[Pair, .
     return tuple(checked)
 
 
+def check_distinct(cell: str, nodes: Sequence[Sequence[Pair]]) -> None:
+    """Refuse a connection that a node has twice."""
+    for node, pairs in enumerate(nodes, 2):
+        for position, pair in enumerate(pairs):
+            if pair in pairs[:position]:
+                raise ValueError(
+                    f"genotype: node {node} of {cell} has {pair} twice, wanted each pair once"
+                )
+
+
 def check_concat(name: str, concat: object, nodes: int) -> tuple[int, ...]:
     """The states that make up the output of a cell of so many nodes."""
     last = nodes + 1
     if not isinstance(concat, (list, tuple, range)) or not concat:
         raise ValueError(f"genotype: {name} must be a non-empty list of states")
-    if len(concat) > last - 1 or len(set(map(repr, concat))) != len(concat):
-        raise ValueError(f"genotype: {name} is {short(concat)}, wanted each state at most once")
     for state in concat:
         if not _is_index(state) or not 2 <= state <= last:
             raise ValueError(f"genotype: {name} has {short(state)}, wanted states from 2 to {last}")
+    if len(set(concat)) != len(concat):
+        raise ValueError(f"genotype: {name} is {short(concat)}, wanted each state at most once")
     return tuple(concat)
 
 

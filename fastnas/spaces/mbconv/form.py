@@ -170,6 +170,8 @@ def read_network(data: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "bn_momentum": bn.number("momentum", 0, 1),
         "bn_eps": bn.number("eps", 0, 1),
     }
+    for node in (net, bn, first, mix, classifier):
+        node.check_all_read()
     return fields, blocks
 
 
@@ -191,8 +193,13 @@ def _read_block(node: _Node, width: int) -> dict[str, Any]:
             "kernel_size": conv.odd("kernel_size"),
             "expand_ratio": conv.number("expand_ratio", 0, _MAX_CHANNELS, above=True),
         }
+        between = round(block["expand_ratio"] * width)
         if conv.get("mid_channels") is not None:
-            block["mid_channels"] = conv.integer("mid_channels")
+            between = block["mid_channels"] = conv.integer("mid_channels")
+            if block["expand_ratio"] == 1 and between != width:
+                conv.wrong("mid_channels", f"{width} with an expand_ratio of 1")
+        if not 1 <= between <= _MAX_CHANNELS:
+            conv.wrong("expand_ratio", f"one that gives 1 to {_MAX_CHANNELS} channels between")
     if residual:
         shortcut = node.child("shortcut")
         shortcut.constants(_IDENTITY)
@@ -200,6 +207,9 @@ def _read_block(node: _Node, width: int) -> dict[str, Any]:
         shortcut.constant("out_channels", width)
         if (block["stride"], block["out_channels"]) != (1, width):
             node.wrong("shortcut", "null where a block changes stride or channels")
+        shortcut.check_all_read()
+    node.check_all_read()
+    conv.check_all_read()
     return {**block, "residual": residual}
 
 
@@ -211,14 +221,21 @@ class _Node:
             what = path or "the file"
             raise ValueError(f"genotype: {what} is {short(data)}, wanted an object")
         self._data, self._path = data, path
+        self._read: set[str] = set()
 
     def get(self, key: str) -> Any:
+        self._read.add(key)
         return self._data.get(key)
 
     def value(self, key: str) -> Any:
         if key not in self._data:
             raise ValueError(f"genotype: {self._at(key)} is missing")
-        return self._data[key]
+        return self.get(key)
+
+    def check_all_read(self) -> None:
+        """Refuse a key that nobody has asked for: it would be of another kind of network."""
+        if unknown := sorted(map(str, set(self._data) - self._read)):
+            raise ValueError(f"genotype: unknown field {short(self._at(unknown[0]))}")
 
     def child(self, key: str) -> _Node:
         return _Node(self.value(key), self._at(key))

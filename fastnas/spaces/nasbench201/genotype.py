@@ -150,7 +150,7 @@ class Genotype(JSONGenotype):
             raise ValueError(f"genotype: wanted a JSON object, got {type(data).__name__}")
         for key, wanted in (("format", _FORMAT), ("version", _VERSION), ("space", _SPACE)):
             found = data.get(key)
-            if isinstance(found, bool) or found != wanted:
+            if type(found) is not type(wanted) or found != wanted:
                 raise ValueError(f"genotype: {key} is {short(found)}, wanted {wanted!r}")
         if unknown := sorted(map(str, set(data) - {"format", "version", "space", "cell"})):
             raise ValueError(f"genotype: unknown field {short(unknown[0])}")

@@ -51,8 +51,8 @@ class NASBench201Options(SpaceOptions):
     """Nodes of the cell, its input among them: 4 in the benchmark (15,625 cells), 3 for a space of
     125 cells."""
     derive_none: bool = True
-    """Whether an edge may get none. If not, it is a candidate in the search alone, as DARTS has it
-    (section 2.4); da2s and entrannas have none in neither."""
+    """Whether an edge may get the operation none. If not, it is a candidate in the search alone, as
+    DARTS has it (section 2.4); da2s, entrannas and entrannas_dst have it in neither."""
 
     def __post_init__(self) -> None:
         """Check the number."""
