@@ -224,6 +224,26 @@ def test_indices_beyond_the_narrow_ones(limit, layout, simt, tolerances):
         cases.assert_near(a, c, tolerances, str(k))
 
 
+@pytest.mark.parametrize(("count", "backward"), [(1, 2), (8, 2), (9, 3)])
+def test_the_backward_of_a_sum_is_one_pass(count, backward, simt, tolerances):
+    """And one to fold the sums; with more inputs than a pass takes, another for the gradients."""
+    xs, weights = cases.make_inputs(count, (2, 3, 5, 12), torch.bfloat16)
+    wanted = [weights, *xs[1:]]
+    with cuda_kernels(simt):
+        y = mixed_sum(xs, weights)
+        before = simt.launches()
+        results = torch.autograd.grad(y, wanted, cases.like_output(y))
+        assert simt.launches() - before == backward
+    weights, *exact = cases.in_double([weights, *xs])
+    expected = torch.autograd.grad(
+        sum(w * x for w, x in zip(weights, exact, strict=True)),
+        [weights, *exact[1:]],
+        cases.like_output(y).double(),
+    )
+    for k, (a, b) in enumerate(zip(results, expected, strict=True)):
+        cases.assert_near(a, b, tolerances, str(k))
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 def test_products_of_few_channels(dtype, layout, simt, tolerances):

@@ -43,6 +43,18 @@ struct Dots {
 };
 cudaError_t launch_dots(const Plan& plan, const Dots& args, cudaStream_t stream);
 
+// Both at once where the gradients do not wait for the sums: parts of sum g x_k as launch_dots leaves them (that of sum g
+// is not written), and dx_k = a_k g. Planes, g dense, at most kDotSlice operands; x_k or dx_k may be null.
+struct SumGradients {
+  const void* g;
+  const void* xs[kDotSlice];
+  void* dxs[kDotSlice];
+  int K;
+  const void* a;  // [K][period]
+  void* partial;  // [K + 1][period][parts]
+};
+cudaError_t launch_sum_gradients(const Plan& plan, const SumGradients& args, cudaStream_t stream);
+
 // dx_k = a_k g + b_k x_k + c_k where x_k is given, a_k g where it is null; nothing where dx_k is null. Reads K + 1 and
 // writes K.
 struct Gradients {

@@ -112,6 +112,12 @@ void check_statistics(const char* op, int64_t C, const NormArguments& n, const a
   check_floating(op, "var", var);
 }
 
+Plan statistics_plan(const Plan& plan, int64_t K) {
+  Plan out = plan;
+  if (K > 1) share_out(out, ceil_div(2 * kReduceBlocks, K));
+  return out;
+}
+
 Statistics batch_parts(const Plan& plan, const std::vector<at::Tensor>& operands,
                        const NormArguments& n, at::Tensor& parts) {
   const int64_t K = n.norms.K, partials = K * plan.partials();
@@ -142,7 +148,8 @@ Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& o
   out.var = at::empty({K, plan.C}, n.like.options().dtype(acc));
   out.table = scratch(plan.tables(K + 1), acc, n.like);
   at::Tensor parts;
-  const Statistics statistics = batch_parts(plan, operands, n, parts);
+  const Plan shares = statistics_plan(plan, K);
+  const Statistics statistics = batch_parts(shares, operands, n, parts);
   const Normalise normalise{statistics.count,
                             statistics.mean,
                             statistics.m2,
@@ -150,7 +157,7 @@ Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& o
                             mutable_pointer(out.var),
                             at_row(out.table, 0),
                             at_row(out.table, plan.tables(K))};
-  C10_CUDA_CHECK(launch_normalise(plan, n.norms, normalise, stream_of(n.like)));
+  C10_CUDA_CHECK(launch_normalise(shares, n.norms, normalise, stream_of(n.like)));
   return out;
 }
 

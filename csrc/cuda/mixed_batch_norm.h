@@ -34,7 +34,11 @@ void add_running_statistics(const char* op, int64_t C, NormArguments& n, at::Ten
 void check_statistics(const char* op, int64_t C, const NormArguments& n, const at::Tensor& mean,
                       const at::Tensor& var);
 
-// Starts the statistics of the operands that are normalised by them and puts their parts into a tensor.
+// The plan of the statistics of K operands, each of which has blocks of its own: what a block's threads have summed up
+// is merged in a tree that costs as much as reading a dozen vectors, so blocks are no more than fill a GPU twice.
+Plan statistics_plan(const Plan& plan, int64_t K);
+
+// Starts the statistics of the operands that are normalised by them and puts their parts into a tensor. Of that plan.
 Statistics batch_parts(const Plan& plan, const std::vector<at::Tensor>& operands,
                        const NormArguments& n, at::Tensor& parts);
 

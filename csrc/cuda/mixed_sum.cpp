@@ -30,6 +30,36 @@ at::Tensor mixed_sum(at::TensorList xs, const at::Tensor& weights) {
   return y;
 }
 
+namespace {
+
+// Parts of the sums of g x_k.
+void launch_sums(const Plan& plan, const at::Tensor& g, const std::vector<const void*>& xs,
+                 const at::Tensor& partial) {
+  Dots dots{};
+  std::copy(xs.begin(), xs.end(), dots.xs);
+  dots.g = pointer(g);
+  dots.step = 1;
+  dots.K = static_cast<int>(xs.size());
+  dots.partial = mutable_pointer(partial);
+  C10_CUDA_CHECK(launch_dots(plan, dots, stream_of(g)));
+}
+
+// Those, and the gradients of the inputs.
+void launch_both(const Plan& plan, const at::Tensor& g, const std::vector<const void*>& xs,
+                 const std::vector<void*>& dxs, const at::Tensor& weights,
+                 const at::Tensor& partial) {
+  SumGradients both{};
+  std::copy(xs.begin(), xs.end(), both.xs);
+  std::copy(dxs.begin(), dxs.end(), both.dxs);
+  both.g = pointer(g);
+  both.K = static_cast<int>(xs.size());
+  both.a = pointer(weights);
+  both.partial = mutable_pointer(partial);
+  C10_CUDA_CHECK(launch_sum_gradients(plan, both, stream_of(g)));
+}
+
+}  // namespace
+
 std::tuple<std::vector<at::Tensor>, at::Tensor> mixed_sum_backward(const at::Tensor& grad,
                                                                    at::TensorList xs,
                                                                    const at::Tensor& weights,
@@ -54,35 +84,40 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> mixed_sum_backward(const at::Ten
   for (int64_t need : need_xs)
     if (need) dxs.push_back(at::empty(grad.sizes(), grad.options(), format));
   const int64_t K = need_xs.size();
-  std::vector<const void*> walked = pointers(operands);
+  const std::vector<const void*> operands_at = pointers(operands);
+  std::vector<const void*> walked = operands_at;
   const std::vector<void*> to = gradient_pointers(need_xs, dxs);
 
-  Dots dots{};
-  std::copy(walked.begin(), walked.end(), dots.xs);
-  Gradients gradients{};
-  std::copy(to.begin(), to.end(), gradients.dxs);
-  dots.g = gradients.g = pointer(g);
-  dots.step = gradients.step = 1;
-  dots.K = gradients.K = static_cast<int>(K);
-  gradients.a = pointer(w);
   walked.push_back(pointer(g));
   walked.insert(walked.end(), to.begin(), to.end());
   const Plan plan = plan_flat(grad.numel(), dtype, walked);
-
+  const cudaStream_t stream = stream_of(grad);
   at::Tensor dw = at::empty({0}, weights.options());
+  // A flat plan of one value is one of columns.
+  const bool once = need_weights && K <= kDotSlice && !plan.columns;
   if (need_weights) {
     const at::Tensor partial = scratch((K + 1) * plan.partials(), acc, grad);
-    dots.partial = mutable_pointer(partial);
-    C10_CUDA_CHECK(launch_dots(plan, dots, stream_of(grad)));
+    if (once) {
+      launch_both(plan, g, operands_at, to, w, partial);
+    } else {
+      launch_sums(plan, g, operands_at, partial);
+    }
     dw = at::empty({K}, weights.options().dtype(acc));
     const char* first =
         static_cast<const char*>(pointer(partial)) + plan.partials() * accumulator_size(plan.dtype);
     const bool wide = acc == at::kDouble;
     C10_CUDA_CHECK(
-        launch_fold(wide, wide, first, K, plan.partials(), dw.mutable_data_ptr(), stream_of(grad)));
+        launch_fold(wide, wide, first, K, plan.partials(), dw.mutable_data_ptr(), stream));
     dw = dw.to(weights.scalar_type());
   }
-  C10_CUDA_CHECK(launch_gradients(plan, gradients, stream_of(grad)));
+  if (once) return {dxs, dw};
+  Gradients gradients{};
+  std::copy(to.begin(), to.end(), gradients.dxs);
+  gradients.g = pointer(g);
+  gradients.step = 1;
+  gradients.K = static_cast<int>(K);
+  gradients.a = pointer(w);
+  C10_CUDA_CHECK(launch_gradients(plan, gradients, stream));
   return {dxs, dw};
 }
 

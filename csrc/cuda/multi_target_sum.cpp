@@ -42,7 +42,8 @@ TargetTables normalised_tables(const Plan& plan, const std::vector<at::Tensor>& 
   const at::ScalarType acc = plan.dtype == Dtype::kDouble ? at::kDouble : at::kFloat;
   const cudaStream_t stream = stream_of(weights);
   at::Tensor kept;
-  const Statistics parts = batch_parts(plan, operands, n, kept);
+  const Plan shares = statistics_plan(plan, K);
+  const Statistics parts = batch_parts(shares, operands, n, kept);
   TargetTables out;
   out.mean = at::empty({K, plan.C}, weights.options().dtype(acc));
   out.var = at::empty({K, plan.C}, weights.options().dtype(acc));
@@ -56,7 +57,7 @@ TargetTables normalised_tables(const Plan& plan, const std::vector<at::Tensor>& 
                               mutable_pointer(out.var),
                               row_of(out.coef, t),
                               row_of(out.bias, t)};
-    C10_CUDA_CHECK(launch_normalise(plan, norms_of(n, weights, t), normalise, stream));
+    C10_CUDA_CHECK(launch_normalise(shares, norms_of(n, weights, t), normalise, stream));
   }
   return out;
 }

@@ -83,6 +83,19 @@ struct Plan {
   }  // partial results of one sum over every channel
 };
 
+// Cuts what a reduction reads of an operand into parts, for about so many blocks.
+inline void share_out(Plan& p, int64_t blocks) {
+  if (p.elements == 0) return;  // no parts
+  const int64_t reduced = p.columns ? p.column_rows() : p.N * p.row,
+                pass = p.columns ? p.rows : kThreads;
+  const int64_t passes = ceil_div(reduced, pass), side_by_side = p.columns ? p.chunks : p.C;
+  const int64_t filling = ceil_div(blocks, side_by_side);
+  const int64_t shallow = ceil_div(passes * (p.columns ? 1 : p.vector), kReduceDepth);
+  const int64_t parts = filling > shallow ? filling : shallow;
+  p.share = ceil_div(passes, parts < passes ? parts : passes) * pass;
+  p.parts = ceil_div(reduced, p.share);
+}
+
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // `pointers`: every operand that is to be walked; null ones do not count.
@@ -109,15 +122,7 @@ inline Plan make_plan(Dtype dtype, int64_t N, int64_t C, int64_t S, bool columns
   p.chunks = static_cast<int>(ceil_div(p.row, kThreads));
   p.lanes = static_cast<int>(ceil_div(p.row, p.chunks));
   p.rows = kThreads / p.lanes;
-  if (p.elements == 0) return p;  // no parts
-  const int64_t reduced = p.columns ? p.column_rows() : N * p.row,
-                pass = p.columns ? p.rows : kThreads;
-  const int64_t passes = ceil_div(reduced, pass), side_by_side = p.columns ? p.chunks : C;
-  const int64_t filling = ceil_div(kReduceBlocks, side_by_side);
-  const int64_t shallow = ceil_div(passes * (p.columns ? 1 : p.vector), kReduceDepth);
-  const int64_t parts = filling > shallow ? filling : shallow;
-  p.share = ceil_div(passes, parts < passes ? parts : passes) * pass;
-  p.parts = ceil_div(reduced, p.share);
+  share_out(p, kReduceBlocks);
   return p;
 }
 
