@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, S == 1 ? 3 : 2)
   using A = acc_type<T>;
   FASTNAS_SHARED(A, tile, kTileBytes / sizeof(A));
   FASTNAS_SHARED(A, weights, kTileWeights);
-  const int64_t index = blockIdx.x / t.chunks;
+  const int64_t index = t.by_chunks.quotient(blockIdx.x);
   const Corner corner = corner_of(t, index, blockIdx.x - index * t.chunks);
   const int H = static_cast<int>(c.H), W = static_cast<int>(c.W);
   const int rows = (t.height() - 1) * S + 1 + 2 * t.pad;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   using A = acc_type<T>;
   FASTNAS_SHARED(A, tile, kTileBytes / sizeof(A));
   FASTNAS_SHARED(A, weights, kTileWeights);
-  const int64_t index = blockIdx.x / t.chunks;
+  const int64_t index = t.by_chunks.quotient(blockIdx.x);
   const Corner corner = corner_of(t, index, blockIdx.x - index * t.chunks);
   const Strip s = strip_of(t);
   const int64_t image = corner.image + s.image;

@@ -30,7 +30,7 @@ struct Corner {
 };
 
 __device__ inline Corner corner_of(const Tile& t, int64_t tile, int64_t chunk) {
-  const int64_t row = tile / t.across, group = row / t.down;
+  const int64_t row = t.by_across.quotient(tile), group = t.by_down.quotient(row);
   return {group << t.log_images, static_cast<int>(chunk) << t.log_lanes,
           static_cast<int>(row - group * t.down) << t.log_height,
           static_cast<int>(tile - row * t.across) << t.log_width};
@@ -78,46 +78,65 @@ struct Scaling {
 };
 
 // Loads that a thread has on their way at once: one after the other they would be all that a tile waits for.
-constexpr int kLoads = 8;
+constexpr int kLoads = 6;
+
+// Which rows of a tile's images a thread brings: rows of `side` threads stand side by side, as many as fit a block.
+struct RowShare {
+  int first_image, image_step, first_row, row_step;
+  bool works;
+
+  __device__ RowShare(const Tile& t, int row, int fit) {
+    const int images = t.images();
+    const bool all = fit >= images;  // rows of all images at once
+    first_image = row & (images - 1);
+    image_step = all ? images : fit;
+    first_row = all ? row >> t.log_images : 0;
+    row_step = all ? fit >> t.log_images : 1;
+    works = all ? row < row_step << t.log_images : row < fit;
+  }
+};
 
 template <typename T, typename Shared>
 __device__ inline void bring(const Convolutions& c, const Tile& t, const Strides& strides,
                              const Corner& corner, const Window& w, const T* source, Shared& tile) {
   using A = acc_type<T>;
   const int elements = w.columns << t.log_lanes, pitch = t.pitch << t.log_lanes;
-  const int rows = w.rows << t.log_images, zeros = (1 << w.shift) - 1;
-  int log_side = 0;
-  while ((1 << log_side) < elements && (1 << log_side) < kThreads) ++log_side;
-  const int side = 1 << log_side, step = kThreads >> log_side;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int side = elements < kThreads ? elements : kThreads, zeros = (1 << w.shift) - 1;
+  const int thread = static_cast<int>(threadIdx.x), in_row = thread / side;
+  const RowShare share(t, in_row, kThreads / side);
+  if (!share.works) return;
   const bool normed = w.source && c.scale, relu = w.source && c.relu;
-  for (int e = thread & (side - 1); e < elements; e += side) {
-    const int x = w.x + (e >> t.log_lanes), lane = e & (t.lanes() - 1);
-    const bool inside =
-        x >= 0 && !(x & zeros) && (x >> w.shift) < w.width && corner.channel + lane < c.C;
-    const Scaling<A> scaling(c, normed && inside, corner.channel + lane);
-    for (int first = thread >> log_side; first < rows; first += kLoads * step) {
-      A value[kLoads];
-      unsigned there = 0;  // bit i: value[i] is a pixel's
+  for (int e = thread - in_row * side; e < elements; e += side) {
+    const int x = w.x + (e >> t.log_lanes), channel = corner.channel + (e & (t.lanes() - 1));
+    const bool inside = x >= 0 && !(x & zeros) && (x >> w.shift) < w.width && channel < c.C;
+    const Scaling<A> scaling(c, normed && inside, channel);
+    for (int image = share.first_image; image < t.images(); image += share.image_step) {
+      const bool exists = inside && corner.image + image < c.N;
+      const T* column =
+          source + (exists ? strides.at(corner.image + image, channel, 0, x >> w.shift) : 0);
+      const int to = image * w.rows * pitch + e;
+      for (int first = share.first_row; first < w.rows; first += kLoads * share.row_step) {
+        A value[kLoads];
+        unsigned there = 0;  // bit i: value[i] is a pixel's
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int at = first + i * step, image = at & (t.images() - 1);
-        const int y = w.y + (at >> t.log_images);
-        value[i] = 0;
-        if (inside && at < rows && y >= 0 && !(y & zeros) && (y >> w.shift) < w.height &&
-            corner.image + image < c.N) {
-          value[i] = to_acc(source[strides.at(corner.image + image, corner.channel + lane,
-                                              y >> w.shift, x >> w.shift)]);
-          there |= 1u << i;
+        for (int i = 0; i < kLoads; ++i) {
+          const int row = first + i * share.row_step, y = w.y + row, at = y >> w.shift;
+          value[i] = 0;
+          // Rows above the first are beyond the last as well, as unsigned numbers.
+          if (exists && row < w.rows && !(y & zeros) &&
+              static_cast<unsigned>(at) < static_cast<unsigned>(w.height)) {
+            value[i] = to_acc(column[at * strides.row]);
+            there |= 1u << i;
+          }
         }
-      }
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int at = first + i * step, image = at & (t.images() - 1), row = at >> t.log_images;
-        if (at >= rows) break;
-        if (normed && (there >> i & 1u)) value[i] = scaling.of(value[i]);
-        if (relu && value[i] <= 0) value[i] = 0;  // NaN stays
-        tile[(image * w.rows + row) * pitch + e] = value[i];
+        for (int i = 0; i < kLoads; ++i) {
+          const int row = first + i * share.row_step;
+          if (row >= w.rows) break;
+          if (normed && (there >> i & 1u)) value[i] = scaling.of(value[i]);
+          if (relu && value[i] <= 0) value[i] = 0;  // NaN stays
+          tile[to + row * pitch] = value[i];
+        }
       }
     }
   }
@@ -169,7 +188,7 @@ __device__ inline void bring_weights(const Convolutions& c, const Tile& t, const
                                      int i, Shared& weights) {
   const int taps = c.side[i] * c.side[i];
   for (int e = static_cast<int>(threadIdx.x); e < taps << t.log_lanes; e += kThreads) {
-    const int lane = e / taps, tap = e - lane * taps;
+    const int lane = e & (t.lanes() - 1), tap = e >> t.log_lanes;
     const int64_t channel = corner.channel + lane;
     if (channel < c.C)
       weights[tap * kMostLanes + lane] =

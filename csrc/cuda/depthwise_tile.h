@@ -22,6 +22,8 @@ struct Tile {
   int64_t across, down, groups,
       chunks;  // tiles side by side, below each other, of images, of channels
 
+  Divider by_across, by_down, by_chunks;
+
   FASTNAS_HOST_DEVICE int lanes() const { return 1 << log_lanes; }
   FASTNAS_HOST_DEVICE int width() const { return 1 << log_width; }
   FASTNAS_HOST_DEVICE int height() const { return 1 << log_height; }
@@ -90,6 +92,12 @@ inline Tile plan_tile(const Convolutions& c, int64_t height, int64_t width, int 
   t.down = ceil_div(height, t.height());
   t.groups = ceil_div(c.N, t.images());
   t.chunks = ceil_div(c.C, t.lanes());
+  const auto divider = [&](int64_t d) {
+    return Divider(d > 0 ? d : 1, t.tiles() * (t.chunks > 0 ? t.chunks : 1));
+  };
+  t.by_across = divider(t.across);
+  t.by_down = divider(t.down);
+  t.by_chunks = divider(t.chunks);
   t.fits = true;
   return t;
 }
