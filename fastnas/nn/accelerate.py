@@ -101,8 +101,8 @@ class Report:
             line = f"  {count} x {kind}: {fused} of {candidates} {whose} with a fused BatchNorm"
             if apart:
                 line += (
-                    f"; {apart} keep theirs: it is found at the end of a Sequential, or of a "
-                    "module's Sequential `op`"
+                    f"; {apart} keep theirs: it is found at the end of a Sequential, or of parts "
+                    "that are called one after the other"
                 )
             lines.append(line)
         reasons: dict[tuple[str, float | None], list[str]] = {}

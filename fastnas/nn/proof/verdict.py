@@ -31,8 +31,10 @@ __all__ = ["Verdict", "channels_of", "device_of", "dtypes_of", "form_of", "judge
 
 # Settings of the published mixed ops that are fixed when the edge is built.
 _FIXED = frozenset({"_ops", "mp", "k", "training", "stride", "C"})
-# Not square: an op that confuses height with width shows itself.
-_BATCH, _HEIGHT, _WIDTH = 3, 8, 6
+_BATCH = 3
+# Not square: an op that confuses height with width shows itself. The larger ones are for candidates
+# that want more pixels, to pad with or to pool.
+_SIZES = ((8, 6), (32, 24))
 _LARGEST_K = 64
 # What each mixed op of ours has for itself: it follows from the rest, or is the one it replaced.
 _PER_INSTANCE = frozenset(("_plan", "_forms", "_original"))
@@ -115,13 +117,13 @@ def judge(module: nn.Module) -> Verdict:
 def _judge(module: nn.Module, reading: Reading, channels: int, device: torch.device) -> Verdict:
     """Judge by the first kind of random data that ``module`` runs on."""
     verdict = Verdict("it has a pool `mp`, but no `k` that says what part is mixed")
-    for k, dtype in product(_parts(module, reading), dtypes_of(module)):
+    for size, k, dtype in product(_SIZES, _parts(module, reading), dtypes_of(module)):
         try:
             theirs = clean_copy(module, dtype)
         except Exception as error:  # somebody else's code may raise anything
             return Verdict(f"it cannot be copied for the proof: {one_line(error)}")
         try:
-            proof = _Proof(module, theirs, k, channels, Random(device, dtype))
+            proof = _Proof(module, theirs, k, (channels, *size), Random(device, dtype))
         except Exception as error:
             verdict = Verdict(f"it does not run on random data: {one_line(error)}")
             continue
@@ -195,13 +197,27 @@ class _Proof:
     """What ``module`` makes of random data, and the comparison of ours with that."""
 
     def __init__(
-        self, module: nn.Module, theirs: nn.Module, k: int | None, channels: int, random: Random
+        self,
+        module: nn.Module,
+        theirs: nn.Module,
+        k: int | None,
+        image: tuple[int, int, int],
+        random: Random,
     ) -> None:
-        """Run ``theirs``, a copy of ``module``; may raise whatever it raises."""
+        """Run ``theirs``, a copy of ``module``; may raise whatever it raises.
+
+        Args:
+            module: what it is all about.
+            theirs: changes.
+            k: one channel in ``k`` is mixed; None if all are.
+            image: channels of the mixed part, height, width.
+            random: the source of everything.
+        """
         self._module, self._k, self._random = module, k, random
         count = len(_candidates(module))
-        self._part = random.normal(_BATCH, channels, _HEIGHT, _WIDTH)
-        self._x = random.normal(_BATCH, channels * (k or 1), _HEIGHT, _WIDTH)
+        channels, *size = image
+        self._part = random.normal(_BATCH, channels, *size)
+        self._x = random.normal(_BATCH, channels * (k or 1), *size)
         weights = random.normal(2, count)
         weights[1, ::2] = 0  # where implementations part ways
         self._trials = [
