@@ -25,7 +25,6 @@ from foreign import (
     Skipping,
     Twice,
     Unshuffled,
-    Widening,
     WithParts,
 )
 from side_by_side import assert_same, observe, randomise_statistics
@@ -201,7 +200,6 @@ def test_another_formula_stays_with_the_difference(mixed, what):
     [
         (Fading(4, 1), "reads settings that may change: fade"),
         (Shared(4, 1), "its class defines what ours lacks: fade"),
-        (Widening(4, 1), "its class defines what ours lacks: widen"),
         (Extended(4, 1), "takes more than x and weights"),
         (WithParts(4, 1), "parts besides its candidates: scale"),
         (Failing(4, 1), "does not run on random data: RuntimeError: needs a mask"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastnas.nn.batch_norm import FORMS, Form, has_global_hook
 from fastnas.nn.carriers import carrying_anything
+from fastnas.nn.lent import lent_methods
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.proof.forms import proved_forms
@@ -128,7 +129,22 @@ def _judge(module: nn.Module, reading: Reading, channels: int, device: torch.dev
             verdict = Verdict(f"it does not run on random data: {one_line(error)}")
             continue
         verdict = proof.with_candidates()
+        if verdict.reason is None and lent_methods(type(module), PartialMixedOp):
+            verdict = _with_methods(verdict, reading)
         return verdict if verdict.reason else proof.around_candidates(verdict, reading)
+    return verdict
+
+
+def _with_methods(verdict: Verdict, reading: Reading) -> Verdict:
+    """Whether what the methods of a mixed op may set means the same to ours."""
+    followed = {"_ops", "training"} | ({"k", "mp"} if verdict.k is not None else set())
+    settings = sorted(reading.settings - followed)
+    if settings:
+        return Verdict(
+            f"its forward reads settings that its methods may set: {', '.join(settings)}"
+        )
+    if verdict.k is not None and "k" not in reading.settings:
+        return Verdict("its methods may set k, which its forward does not read")
     return verdict
 
 
