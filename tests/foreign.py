@@ -91,11 +91,6 @@ class Shared(stock.MixedOp):
         return super().forward(x, weights) + self.fade * x.sum()
 
 
-class Widening(stock.MixedOp):
-    def widen(self):
-        """Something the search calls later."""
-
-
 class Extended(stock.MixedOp):
     def forward(self, x, weights, selected=None):
         return super().forward(x, weights)

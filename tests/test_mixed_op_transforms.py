@@ -73,6 +73,15 @@ def test_compiles_into_one_graph(cls, training):
         assert_same(seen, expected, 1e-6)
 
 
+@BOTH
+def test_compiles_for_sizes_that_may_change(cls):
+    op = randomise_statistics(cls(8, 2)).eval()
+    x, weights = torch.randn(3, 8, 6, 6), torch.randn(8)
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, weights), op(x, weights))
+
+
 def test_compiled_with_hooks_and_again_with_a_replaced_candidate():
     op = MixedOp(4, 1, ("skip_connect", "max_pool_3x3", "dil_conv_3x3")).eval()
     op._ops[2].register_forward_hook(lambda m, args, y: 2 * y)

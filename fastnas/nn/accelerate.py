@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from fastnas.nn.accelerate_cells import NodeByNode, cell_obstacle, has_cell_shape, join, separate
+from fastnas.nn.lent import lend, lost_names
 from fastnas.nn.mixed_op import MixedOp
+from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.proof import CellJudge, Verdict, form_of, judge
 from fastnas.nn.proof.cells import mixed_ops
 from fastnas.nn.proof.reading import EVERY_MODULE_HAS, nested_codes, own_classes
@@ -32,10 +34,6 @@ _NAMES = ("x", "weights")
 # Attributes of a mixed op of ours that say nothing of the one it replaced.
 _OURS = frozenset(
     (_ORIGINAL, "_plan", "_forms", "_channels", "skip_zero", "forward", "_compiled_call_impl")
-)
-# What a mixed op's class may define and lose: what builds it, or shows it to people.
-_REPLACEABLE = frozenset(
-    ("__init__", "__repr__", "forward", "extra_repr", "_get_name", "__annotate__")
 )
 
 
@@ -101,8 +99,8 @@ class Report:
             line = f"  {count} x {kind}: {fused} of {candidates} {whose} with a fused BatchNorm"
             if apart:
                 line += (
-                    f"; {apart} keep theirs: it is found at the end of a Sequential, or of a "
-                    "module's Sequential `op`"
+                    f"; {apart} keep theirs: it is found at the end of a Sequential, or of parts "
+                    "that are called one after the other"
                 )
             lines.append(line)
         reasons: dict[tuple[str, float | None], list[str]] = {}
@@ -122,11 +120,12 @@ def accelerate(model: nn.Module, *, cells: bool = True) -> Report:
 
     The replacement holds the very ``_ops`` of the original, so parameters, buffers, state-dict
     keys and optimizers built before stay as they are. A mixed op stays in place if its ``forward``
-    takes other arguments, if it has hooks, parts or methods of its own, if its ``forward`` reads
-    settings that may change later, or if it is not proved to be the weighted sum: in output,
+    takes other arguments, if it has hooks or parts of its own, if its ``forward`` reads settings
+    that may change later, or if it is not proved to be the weighted sum: in output,
     gradients of input, weights and parameters, and buffers, in training and in evaluation, with
     weights of any sign and with zeros among them (a mixed op that skips candidates of weight zero
-    is replaced by one that does).
+    is replaced by one that does). Other methods of its class run on the replacement, which has the
+    same candidates and settings; they may set ``k``, as where a search makes its edges wider.
 
     A cell is a module with mixed ops in ``_ops``, one from each of two inputs and each node to
     every later node, and a ``forward(s0, s1, weights)``, maybe with weights of edges after them,
@@ -333,11 +332,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return "its forward was replaced on this instance"
     if any(map(_has_own_forward, module.modules())):
         return "the forward of a part was replaced on that instance, so that it cannot be copied"
-    lost = {
-        n for c in own_classes(type(module)) for n, v in vars(c).items() if _would_be_lost(n, v)
-    }
-    if lost:
-        return f"its class defines what ours lacks: {', '.join(sorted(lost))}"
+    if lost := lost_names(type(module), PartialMixedOp):
+        return f"its class defines what ours lacks: {', '.join(lost)}"
     if type(module._modules["_ops"]) is not nn.ModuleList:
         return "its candidates are in a ModuleList of another class"
     if any(nn.parameter.is_lazy(t) for t in [*module.parameters(), *module.buffers()]):
@@ -347,15 +343,6 @@ def _obstacle(module: nn.Module) -> str | None:
 
 def _has_own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module) and not isinstance(module, torch.jit.ScriptModule)
-
-
-def _would_be_lost(name: str, value: object) -> bool:
-    """Whether somebody may use, on a mixed op, this that its class defines."""
-    if name in _REPLACEABLE:
-        return False
-    if name.startswith("__"):
-        return callable(value)
-    return not name.startswith("_") or hasattr(nn.Module, name)
 
 
 def _build(module: nn.Module, verdict: Verdict) -> MixedOp:
@@ -368,6 +355,7 @@ def _build(module: nn.Module, verdict: Verdict) -> MixedOp:
     # Not a child: the original must not appear in the tree beside its own candidates.
     vars(ours)[_ORIGINAL] = module
     ours.training = module.training
+    lend(ours, type(module))
     return ours
 
 

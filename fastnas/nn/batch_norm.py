@@ -38,14 +38,15 @@ __all__ = [
     "make_route",
 ]
 
-Form = Literal["zero", "op", "factorized_reduce"]
-"""What a class's ``forward`` is: nothing but zeros, ``self.op(x)``, or DARTS' factorized reduce."""
+Form = Literal["zero", "factorized_reduce"] | tuple[str, ...]
+"""What a class's ``forward`` is: nothing but zeros, DARTS' factorized reduce, or the children of
+these names, called one after the other."""
 
 FORMS: Mapping[type[nn.Module], Form] = {
     Zero: "zero",
-    ReLUConvBN: "op",
-    SepConv: "op",
-    DilConv: "op",
+    ReLUConvBN: ("op",),
+    SepConv: ("op",),
+    DilConv: ("op",),
     FactorizedReduce: "factorized_reduce",
 }
 
@@ -115,13 +116,11 @@ def find_tail(module: nn.Module, forms: Mapping[type[nn.Module], Form] = FORMS) 
         return None
     if _is_batch_norm(module):
         return Tail((), module, (module,))  # type: ignore[arg-type]  # just checked
-    if isinstance(module, nn.Sequential) and _is_plain_sequence(module):
-        *before, last = module
-        return _extend(module, tuple(before), find_tail(last, forms))
-    form = forms.get(type(module))
-    if form == "op" and isinstance(op := module._modules.get("op"), nn.Module):
-        return _extend(module, (), find_tail(op, forms))
-    if form == "factorized_reduce" and _is_batch_norm(bn := module._modules.get("bn")):
+    if children := _children_in_a_row(module, forms):
+        return _join(module, children, forms)
+    if forms.get(type(module)) == "factorized_reduce" and _is_batch_norm(
+        bn := module._modules.get("bn")
+    ):
         relu: Any = module.relu
         return Tail((relu, TwoHalves(module)), bn, (module, bn))  # type: ignore[arg-type]
     if _follows_protocol(type(module)):
@@ -129,10 +128,34 @@ def find_tail(module: nn.Module, forms: Mapping[type[nn.Module], Form] = FORMS) 
     return None
 
 
-def _extend(outer: nn.Module, before: tuple[Layer, ...], inner: Tail | None) -> Tail | None:
-    if inner is None:
+def _children_in_a_row(module: nn.Module, forms: Mapping[type[nn.Module], Form]) -> list[nn.Module]:
+    """What ``module`` calls one after the other and nothing else; empty if that is not known."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        return list(module)
+    names = forms.get(type(module))
+    children = [module._modules.get(name) for name in names] if isinstance(names, tuple) else []
+    return children if all(isinstance(m, nn.Module) for m in children) else []  # type: ignore[return-value]
+
+
+def _join(
+    outer: nn.Module, children: Sequence[nn.Module], forms: Mapping[type[nn.Module], Form]
+) -> Tail | None:
+    """The tail of the last child behind the layers of the others."""
+    *before, last = children
+    tail = find_tail(last, forms)
+    if tail is None:
         return None
-    return Tail((*before, *inner.layers), inner.norm, (outer, *inner.bypassed))
+    layers: list[Layer] = []
+    bypassed = [outer]
+    while before:
+        child = before.pop(0)
+        inside = [] if _is_patched(child) else _children_in_a_row(child, forms)
+        if inside:
+            bypassed.append(child)
+            before[:0] = inside
+        else:
+            layers.append(child)
+    return Tail((*layers, *tail.layers), tail.norm, (*bypassed, *tail.bypassed))
 
 
 def _is_patched(module: nn.Module) -> bool:
@@ -147,10 +170,6 @@ def _is_batch_norm(module: object) -> bool:
         and type(module).forward is nn.BatchNorm2d.forward
         and not _is_patched(module)
     )
-
-
-def _is_plain_sequence(module: nn.Sequential) -> bool:
-    return type(module).forward is nn.Sequential.forward and len(module) > 0
 
 
 def _follows_protocol(cls: type[nn.Module]) -> bool:

@@ -80,7 +80,9 @@ def shares_statistics(edges: Sequence[MixedOp]) -> bool:
 
 def _kind(edge: nn.Module) -> int | None:
     """One in how many channels is mixed, in which edges must agree; None: it has to be called."""
-    if type(edge) not in (MixedOp, PartialMixedOp) or "forward" in vars(edge):
+    # A class to which methods are lent (fastnas.nn.lent) computes what the one below it does.
+    cls = vars(type(edge)).get("_lent_to", type(edge))
+    if cls not in (MixedOp, PartialMixedOp) or "forward" in vars(edge):
         return None
     assert isinstance(edge, MixedOp)
     if edge.skip_zero or any(map(bool, hook_tables(edge))):

@@ -45,8 +45,10 @@ class TwoHalves:
 
     @property
     def convs(self) -> tuple[nn.Conv2d, nn.Conv2d]:
-        """Both convolutions."""
-        return self.module.conv_1, self.module.conv_2
+        """Both convolutions, called `conv_1` and `conv_2`, or without the underscore."""
+        children = self.module._modules
+        infix = "_" if "conv_1" in children else ""
+        return children[f"conv{infix}1"], children[f"conv{infix}2"]
 
     def is_plain(self) -> bool:
         """Whether both are 1x1 convolutions of stride 2, alike, and nothing else."""

@@ -111,8 +111,8 @@ class PartialMixedOp(MixedOp):
         if self.k == 1:
             return super().forward(x, weights)
         self._check(x, weights)
-        c, left_over = divmod(x.shape[1], self.k)
-        if left_over:
+        c = x.shape[1] // self.k  # no divmod: torch.compile has none for sizes that may change
+        if x.shape[1] % self.k:
             raise ValueError(
                 f"PartialMixedOp: expected the channels of x to be a multiple of k = {self.k}, "
                 f"but got {list(x.shape)}"

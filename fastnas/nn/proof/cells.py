@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -39,8 +40,10 @@ __all__ = ["CellJudge", "CellVerdict", "Joined", "mixed_ops", "run_cell"]
 
 # What a forward may read besides settings.
 _READ = frozenset(("_ops", "preprocess0", "preprocess1", "training"))
-# Not square, as for mixed ops, and small: a cell has all candidates of all its edges.
-_BATCH, _HEIGHT, _WIDTH = 2, 8, 4
+_BATCH = 2
+# Not square, as for mixed ops, and small: a cell has all candidates of all its edges. Some want
+# more pixels, to pad with or to pool.
+_SIZES = ((8, 4), (32, 24))
 _RANDOM = "it draws random numbers, which would come in another order"
 
 
@@ -145,8 +148,9 @@ class CellJudge:
             except Exception as error:  # somebody else's code may raise anything
                 return CellVerdict(f"it cannot be copied for the proof: {one_line(error)}")
             random = Random(device, dtype)
-            for scale in (1, 2):  # the first input may come from before a reduction cell
-                given = _make_inputs(cell, scale, random)
+            # The first input may come from before a reduction cell.
+            for size, scale in product(_SIZES, (1, 2)):
+                given = _make_inputs(cell, size, scale, random)
                 if given is None:
                     return verdict
                 try:
@@ -218,14 +222,16 @@ def _parts(cell: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield f"_ops.{number}", edge
 
 
-def _make_inputs(cell: nn.Module, scale: int, random: Random) -> dict[str, Tensor] | None:
+def _make_inputs(
+    cell: nn.Module, size: tuple[int, int], scale: int, random: Random
+) -> dict[str, Tensor] | None:
     """Arguments of a cell whose first input is ``scale`` times as high and wide as the second."""
     given = {}
-    for name, part, size in (("s0", "preprocess0", scale), ("s1", "preprocess1", 1)):
+    for name, part, times in (("s0", "preprocess0", scale), ("s1", "preprocess1", 1)):
         channels = channels_of(cell.get_submodule(part))
         if channels is None:
             return None
-        given[name] = random.normal(_BATCH, channels, size * _HEIGHT, size * _WIDTH)
+        given[name] = random.normal(_BATCH, channels, *(times * pixels for pixels in size))
     edges = mixed_ops(cell)
     weights = random.normal(len(edges), len(edges[0]._ops))
     weights[:, ::3] = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which candidates are those of DARTS under another name, and may be cut before their norm."""
+"""Which candidates are known in their parts, and may be cut before their norm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["proved_forms"]
 
 
 def proved_forms(candidates: nn.ModuleList, x: Tensor) -> dict[type[nn.Module], Form]:
-    """The candidates' classes that look like DARTS' own and return the same as those.
+    """The classes in the candidates that look like a ``Form`` and return the same.
 
     Args:
         candidates: of a mixed op.
@@ -29,33 +29,46 @@ def proved_forms(candidates: nn.ModuleList, x: Tensor) -> dict[type[nn.Module], 
     """
     forms: dict[type[nn.Module], Form] = {}
     refuted = set()
-    for candidate in candidates:
-        cls = type(candidate)
-        if cls in FORMS or cls in refuted or isinstance(candidate, torch.jit.ScriptModule):
+    numbers = set(map(id, candidates))
+    for part in (part for candidate in candidates for part in candidate.modules()):
+        cls = type(part)
+        if cls in FORMS or cls in refuted or not _is_somebodys(part):
             continue
-        reading = read(candidate)
-        form = _guess(candidate, reading)
-        if form is not None and _is_proved(candidate, form, reading, x):
+        reading = read(part)
+        form = _guess(part, reading)
+        if id(part) not in numbers and not isinstance(form, tuple):
+            continue  # nobody knows what it takes, and nothing is cut inside it
+        if form is not None and _is_proved(part, form, reading, x):
             forms[cls] = form
         else:
             refuted.add(cls)
     return {cls: form for cls, form in forms.items() if cls not in refuted}
 
 
-def _guess(candidate: nn.Module, reading: Reading) -> Form | None:
-    """What a candidate seems to be, by the names of its children and of what its forward reads."""
-    children = set(candidate._modules)
-    if candidate._parameters or candidate._buffers:
+def _is_somebodys(part: nn.Module) -> bool:
+    """Whether the class of ``part`` is neither PyTorch's nor compiled."""
+    return type(part).__module__.split(".")[0] != "torch" and not isinstance(
+        part, torch.jit.ScriptModule
+    )
+
+
+def _guess(part: nn.Module, reading: Reading) -> Form | None:
+    """What a module seems to be, by the names of its children and of what its forward reads."""
+    children = set(part._modules)
+    if part._parameters or part._buffers:
         return None
-    if type(candidate).__call__ is not nn.Module.__call__:
+    if type(part).__call__ is not nn.Module.__call__:
         return None
     if not reading.settings <= children | {"C_in", "C_out", "stride"}:
         return None
-    if type(candidate).__name__ == "Zero" and not children:
+    if type(part).__name__ == "Zero" and not children:
         return "zero"
-    if children == {"op"}:
-        return "op"
-    return "factorized_reduce" if children == {"relu", "conv_1", "conv_2", "bn"} else None
+    if children in _FACTORIZED_REDUCE:
+        return "factorized_reduce"
+    return tuple(part._modules) if children and None not in part._modules.values() else None
+
+
+_FACTORIZED_REDUCE = ({"relu", "conv_1", "conv_2", "bn"}, {"relu", "conv1", "conv2", "bn"})
 
 
 class _Twin(NamedTuple):
@@ -104,11 +117,12 @@ def _twins(candidate: nn.Module, form: Form, x: Tensor, random: Random) -> Itera
             yield _Twin(twin, lambda x, training: 0.0, False)
         return
     twin = clean_copy(candidate, x.dtype)
-    if form == "op":
+    if isinstance(form, tuple):
         shape = tuple(x.shape[1:])
-        stand_in = StandIn(shape, shape, random)
-        vars(twin)["_modules"] = {"op": stand_in}
-        yield _Twin(twin, lambda x, training: stand_in(x), True)
+        stand_ins = {name: StandIn(shape, shape, random) for name in form}
+        vars(twin)["_modules"] = stand_ins
+        in_a_row = nn.Sequential(*stand_ins.values())
+        yield _Twin(twin, lambda x, training: in_a_row(x), True)
         return
     for child in twin.children():
         opaque(child)

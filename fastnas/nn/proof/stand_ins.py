@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastnas.nn.lent import lent_methods
+from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.proof.observation import (
     Random,
     Trial,
@@ -61,10 +63,12 @@ class Setup(NamedTuple):
     size: tuple[int, int]
     out: tuple[int, int]
     required: bool
+    #: Another number than that of the mixed op, where its forward reads one.
+    k: int | None = None
 
     def __str__(self) -> str:
         sizes = "{}x{} to {}x{}".format(*self.size, *self.out)
-        return f"random maps of {sizes}, batch of {self.batch}"
+        return f"random maps of {sizes}, batch of {self.batch}" + (f", k = {self.k}" * bool(self.k))
 
 
 def fault_around_candidates(
@@ -90,11 +94,14 @@ def fault_around_candidates(
     """
     watch, random = Watch(reading), Random(x.device, x.dtype)
     agreed = False
-    for setup in _setups(x, y):
-        shapes = (part, *setup.size), (y.shape[1] - x.shape[1] + part, *setup.out)
+    for setup in _setups(module, reading, x, y):
+        mixed = part if setup.k is None else x.shape[1] // setup.k
+        shapes = (mixed, *setup.size), (y.shape[1] - x.shape[1] + mixed, *setup.out)
         stand_ins = [StandIn(*shapes, random) for _ in _candidates(module)]
         theirs, ours = (_dress(module, setup, copy.deepcopy(stand_ins)) for _ in range(2))
         ours = build(ours)
+        if setup.k is not None:
+            vars(ours)["k"] = setup.k
         if (pool := theirs._modules.get("mp")) is not None:
             opaque(pool)
         for trial in _trials(setup, x.shape[1], len(stand_ins), random):
@@ -133,9 +140,17 @@ def _candidates(module: nn.Module) -> nn.ModuleList:
     return candidates
 
 
-def _setups(x: Tensor, y: Tensor) -> Iterator[Setup]:
-    """The sizes that the real candidates give, in other batches; then the usual other ones."""
+def _setups(module: nn.Module, reading: Reading, x: Tensor, y: Tensor) -> Iterator[Setup]:
+    """The sizes that the real candidates give, in other batches; then the usual other ones.
+
+    The same with other numbers for ``k``, where that is read: methods of the mixed op may set it.
+    """
     (h, w), (a, b) = x.shape[2:], y.shape[2:]
+    if "k" in reading.settings and isinstance(k := vars(module).get("k"), int):
+        required = bool(lent_methods(type(module), MixedOp))
+        for other in {1, 2, x.shape[1]} - {k}:
+            if x.shape[1] % other == 0:
+                yield Setup(2, (h, w), (a, b), required, other)
     yield Setup(1, (h, w), (a, b), True)
     yield Setup(5, (2 * h, w), (2 * a, b), True)
     for out in ((h, w), (h // 2, w // 2)):
@@ -147,6 +162,8 @@ def _dress(module: nn.Module, setup: Setup, stand_ins: list[StandIn]) -> nn.Modu
     """``module`` with stand-ins for candidates; its class and settings are the same."""
     twin = copy.copy(module)
     vars(twin)["_modules"] = {"_ops": nn.ModuleList(stand_ins)}
+    if setup.k is not None:
+        vars(twin)["k"] = setup.k
     if (pool := module._modules.get("mp")) is not None:
         twin._modules["mp"] = clean_copy(pool, stand_ins[0].read.dtype)
     if not setup.required and isinstance(vars(module).get("stride"), int):

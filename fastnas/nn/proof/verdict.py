@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastnas.nn.batch_norm import FORMS, Form, has_global_hook
 from fastnas.nn.carriers import carrying_anything
+from fastnas.nn.lent import lent_methods
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.proof.forms import proved_forms
@@ -31,8 +32,10 @@ __all__ = ["Verdict", "channels_of", "device_of", "dtypes_of", "form_of", "judge
 
 # Settings of the published mixed ops that are fixed when the edge is built.
 _FIXED = frozenset({"_ops", "mp", "k", "training", "stride", "C"})
-# Not square: an op that confuses height with width shows itself.
-_BATCH, _HEIGHT, _WIDTH = 3, 8, 6
+_BATCH = 3
+# Not square: an op that confuses height with width shows itself. The larger ones are for candidates
+# that want more pixels, to pad with or to pool.
+_SIZES = ((8, 6), (32, 24))
 _LARGEST_K = 64
 # What each mixed op of ours has for itself: it follows from the rest, or is the one it replaced.
 _PER_INSTANCE = frozenset(("_plan", "_forms", "_original"))
@@ -115,18 +118,33 @@ def judge(module: nn.Module) -> Verdict:
 def _judge(module: nn.Module, reading: Reading, channels: int, device: torch.device) -> Verdict:
     """Judge by the first kind of random data that ``module`` runs on."""
     verdict = Verdict("it has a pool `mp`, but no `k` that says what part is mixed")
-    for k, dtype in product(_parts(module, reading), dtypes_of(module)):
+    for size, k, dtype in product(_SIZES, _parts(module, reading), dtypes_of(module)):
         try:
             theirs = clean_copy(module, dtype)
         except Exception as error:  # somebody else's code may raise anything
             return Verdict(f"it cannot be copied for the proof: {one_line(error)}")
         try:
-            proof = _Proof(module, theirs, k, channels, Random(device, dtype))
+            proof = _Proof(module, theirs, k, (channels, *size), Random(device, dtype))
         except Exception as error:
             verdict = Verdict(f"it does not run on random data: {one_line(error)}")
             continue
         verdict = proof.with_candidates()
+        if verdict.reason is None and lent_methods(type(module), PartialMixedOp):
+            verdict = _with_methods(verdict, reading)
         return verdict if verdict.reason else proof.around_candidates(verdict, reading)
+    return verdict
+
+
+def _with_methods(verdict: Verdict, reading: Reading) -> Verdict:
+    """Whether what the methods of a mixed op may set means the same to ours."""
+    followed = {"_ops", "training"} | ({"k", "mp"} if verdict.k is not None else set())
+    settings = sorted(reading.settings - followed)
+    if settings:
+        return Verdict(
+            f"its forward reads settings that its methods may set: {', '.join(settings)}"
+        )
+    if verdict.k is not None and "k" not in reading.settings:
+        return Verdict("its methods may set k, which its forward does not read")
     return verdict
 
 
@@ -195,13 +213,27 @@ class _Proof:
     """What ``module`` makes of random data, and the comparison of ours with that."""
 
     def __init__(
-        self, module: nn.Module, theirs: nn.Module, k: int | None, channels: int, random: Random
+        self,
+        module: nn.Module,
+        theirs: nn.Module,
+        k: int | None,
+        image: tuple[int, int, int],
+        random: Random,
     ) -> None:
-        """Run ``theirs``, a copy of ``module``; may raise whatever it raises."""
+        """Run ``theirs``, a copy of ``module``; may raise whatever it raises.
+
+        Args:
+            module: what it is all about.
+            theirs: changes.
+            k: one channel in ``k`` is mixed; None if all are.
+            image: channels of the mixed part, height, width.
+            random: the source of everything.
+        """
         self._module, self._k, self._random = module, k, random
         count = len(_candidates(module))
-        self._part = random.normal(_BATCH, channels, _HEIGHT, _WIDTH)
-        self._x = random.normal(_BATCH, channels * (k or 1), _HEIGHT, _WIDTH)
+        channels, *size = image
+        self._part = random.normal(_BATCH, channels, *size)
+        self._x = random.normal(_BATCH, channels * (k or 1), *size)
         weights = random.normal(2, count)
         weights[1, ::2] = 0  # where implementations part ways
         self._trials = [
