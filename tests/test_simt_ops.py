@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastnas import _extension
 from fastnas.ops import (
+    batch_norm_depthwise,
     depthwise_group,
     mixed_batch_norm,
     mixed_sum,
@@ -222,6 +223,36 @@ def test_indices_beyond_the_narrow_ones(limit, layout, simt, tolerances):
     for k, (a, b, c) in enumerate(zip(wide, ordinary, expected, strict=True)):
         cases.assert_bitwise(a, b, str(k))
         cases.assert_near(a, c, tolerances, str(k))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.ids)
+def test_norms_before_dilations_that_no_tile_reaches(dtype, layout, training, simt, tolerances):
+    """Those kernels read a table of weights, and the norm's sums have a pass of their own."""
+    F = torch.nn.functional
+    for stride, channels in ((1, 8), (2, 3)):
+        x = cases.make((2, channels, 9, 7), dtype, layout).requires_grad_()
+        kernels = [cases.make((channels, 1, k, k), seed=k).requires_grad_() for k in (3, 5)]
+        (norm,) = cases.make_norms(1, channels, first=2)
+        norm.train(training)
+        leaves = [x, *kernels, norm.weight, norm.bias]
+        with cuda_kernels(simt):
+            ys = batch_norm_depthwise(x, norm, kernels, [3, 1], stride)
+            grads = [cases.like_output(y, seed=i) for i, y in enumerate(ys)]
+            results = [*ys, *torch.autograd.grad(ys, leaves, grads)]
+        x, *exact, gamma, beta = cases.in_double(leaves)
+        statistics = None if training else norm.running_mean.double()
+        variance = None if training else norm.running_var.double()
+        h = F.batch_norm(x, statistics, variance, gamma, beta, training, eps=norm.eps).relu()
+        expected = [
+            F.conv2d(h, w, None, stride, d * (w.shape[2] // 2), d, channels)
+            for w, d in zip(exact, (3, 1), strict=True)
+        ]
+        inputs = [x, *exact, gamma, beta]
+        expected += torch.autograd.grad(expected, inputs, [g.double() for g in grads])
+        for k, (a, b) in enumerate(zip(results, expected, strict=True)):
+            cases.assert_near(a, b, tolerances, f"stride {stride} result {k}")
 
 
 @pytest.mark.parametrize(("count", "backward"), [(1, 2), (8, 2), (9, 3)])
