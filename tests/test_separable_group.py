@@ -112,6 +112,23 @@ def test_gradcheck_and_gradgradcheck(stride, channels, kind, device):
     assert torch.autograd.gradgradcheck(function, (x, *weights, *affine))
 
 
+@pytest.mark.parametrize("kind", ["none", "affine"])
+def test_many_channels_and_a_subset_without_products(kind, device, tolerances):
+    """As in a step of the architecture, which freezes all weights."""
+    channels = 65
+    x, weights, dilations = make_case((2, channels, 6, 5), EDGE, device=device)
+    norm = make_norm(kind, channels, device)
+    asking = [x, *weights[: len(weights) // 2]]
+    ys = run(x, norm, weights, dilations)
+    grads = [cases.like_output(y, i) for i, y in enumerate(ys)]
+    full = torch.autograd.grad(ys, asking, grads)
+    for frozen in weights[len(weights) // 2 :]:
+        frozen.requires_grad_(False)
+    found = torch.autograd.grad(run(x, norm, weights, dilations), asking, grads)
+    for k, (a, b) in enumerate(zip(found, full, strict=True)):
+        cases.assert_near(a, b, tolerances, str(k))
+
+
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("kind", ["none", "affine"])
 def test_any_subset_of_gradients(kind, channels, device):

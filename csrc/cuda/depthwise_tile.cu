@@ -93,15 +93,18 @@ __global__ void __launch_bounds__(kThreads, 3)
     const Scaling<A> scaling(c, true, channel);
     const A mean = sums.partial ? static_cast<const A*>(sums.mean)[channel] : A(0);
     const bool reads = c.relu || sums.partial;
+    A source
+        [kStrip];  // all loads before the first store: the compiler may not move one over the other
+#pragma unroll
+    for (int o = 0; o < kStrip; ++o)
+      source[o] = reads && y + o < c.H ? to_acc(x[first + o * to.row]) : A(0);
 #pragma unroll
     for (int o = 0; o < kStrip; ++o) {
       if (y + o >= c.H) break;
-      const int64_t at = first + o * to.row;
-      const A source = reads ? to_acc(x[at]) : A(0);
-      if (c.relu && scaling.of(source) <= 0) sum[o] = 0;
+      if (c.relu && scaling.of(source[o]) <= 0) sum[o] = 0;
       total[0] += sum[o];
-      total[1] += sum[o] * (source - mean);
-      dx[at] = from_acc<T>(sum[o]);
+      total[1] += sum[o] * (source[o] - mean);
+      dx[first + o * to.row] = from_acc<T>(sum[o]);
     }
   }
   if (!sums.partial) return;

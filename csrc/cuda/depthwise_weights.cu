@@ -40,18 +40,22 @@ __device__ inline void sum_taps(const Convolutions& c, const Tile& t, const Stri
   A sum[kTaps] = {};
   for (int64_t index = begin; index < last; ++index) {
     const Corner corner = corner_of(t, index, chunk);
+    const int64_t image = corner.image + s.image;
+    const int channel = corner.channel + s.lane;
+    const int y = corner.y + s.y, left = corner.x + s.x;
+    const bool valid = s.valid && image < c.N && channel < c.C && left < c.ow;
+    A gradient[kStrip] = {};  // on its way while the tile is brought
+    if (valid) {
+      const T* gs = g + own.at(image, channel, y, left);
+#pragma unroll
+      for (int o = 0; o < kStrip; ++o)
+        if (y + o < c.oh) gradient[o] = to_acc(gs[o * own.row]);
+    }
     __syncthreads();  // the one before has been read
     bring(c, t, from, corner,
           {corner.y * S - pad, corner.x * S - pad, rows, columns, 0, H, W, true}, x, tile);
     __syncthreads();
-    const int64_t image = corner.image + s.image;
-    const int channel = corner.channel + s.lane;
-    const int y = corner.y + s.y, left = corner.x + s.x;
-    if (!s.valid || image >= c.N || channel >= c.C || left >= c.ow) continue;
-    const T* gs = g + own.at(image, channel, y, left);
-    A gradient[kStrip];
-#pragma unroll
-    for (int o = 0; o < kStrip; ++o) gradient[o] = y + o < c.oh ? to_acc(gs[o * own.row]) : A(0);
+    if (!valid) continue;
     const int at = (s.image * rows + s.y * S) * row + s.x * S * pixel + s.lane;
 #pragma unroll
     for (int j = 0; j < kColumns<K>; ++j) {

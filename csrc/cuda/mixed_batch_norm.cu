@@ -86,13 +86,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                         : args.parts  ? args.parts
                                       : plan.period / plan.C * plan.parts;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  for (int j = thread / 32; j <= norms.K; j += kWarps) {
-    double sum = 0;
-    for (int64_t i = lane; i < parts; i += 32)
-      sum += static_cast<double>(static_cast<const A*>(
-          args.partial)[args.parts ? (j * plan.C + c) * parts + i : part_of(plan, j, c, i)]);
-    sum = warp_sum(sum);
-    if (lane == 0) sums[j] = sum;
+  const A* partial = static_cast<const A*>(args.partial);
+  if (args.parts) {  // of few sums with many parts: all threads on each
+    for (int j = 0; j <= norms.K; ++j) {
+      double sum[1] = {0};
+      for (int64_t i = thread; i < parts; i += kThreads)
+        sum[0] += static_cast<double>(partial[(j * plan.C + c) * parts + i]);
+      sum_over_rows(sum, thread, kThreads, 1);
+      if (thread == 0) sums[j] = sum[0];
+    }
+  } else {
+    for (int j = thread / 32; j <= norms.K; j += kWarps) {
+      double sum = 0;
+      for (int64_t i = lane; i < parts; i += 32)
+        sum += static_cast<double>(partial[part_of(plan, j, c, i)]);
+      sum = warp_sum(sum);
+      if (lane == 0) sums[j] = sum;
+    }
   }
   __syncthreads();
   const int k = thread;

@@ -26,6 +26,13 @@ struct Shape {
   FASTNAS_HOST_DEVICE int channels() const { return 4 * (across + down); }
 };
 
+// Of the tile: a row of it, and four pixels there.
+struct Cell {
+  int row, quad;
+};
+
+constexpr int kAtOnce = 4;  // cells that a thread loads before it stores the first
+
 // Values of a channel at four pixels in a row; 0 beyond the last.
 template <typename T, bool kColumns, bool kVectors>
 __device__ inline Vec<acc_type<T>, 4> load_quad(const T* from, int channel, int channels, int64_t S,
@@ -73,26 +80,38 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_type<T>) == 8 ? 1 : 2)
                 end = first + p.share * quads;  // in quads
   const T* x = static_cast<const T*>(p.xs[i]);
   const T* g = static_cast<const T*>(p.gs[i]);
+  // Neighbouring threads read neighbouring addresses.
+  const auto cell_of = [&](int e) {
+    return kColumns ? Cell{e % shape.channels(), e / shape.channels()}
+                    : Cell{e >> p.log_quads, e & (quads - 1)};
+  };
   A sum[16] = {};
   for (int64_t begin = first; begin < end && begin * 4 < p.pixels(); begin += quads) {
     __syncthreads();  // the tile before has been read
-    for (int e = thread; e < shape.channels() << p.log_quads; e += kThreads) {
-      // Neighbouring threads read neighbouring addresses.
-      const int row = kColumns ? e % shape.channels() : e >> p.log_quads;
-      const int quad = kColumns ? e / shape.channels() : e & (quads - 1);
-      const bool source = row < 4 * shape.across;
-      const int channel = source ? row : row - 4 * shape.across;
-      const int channels = source ? p.inputs : p.outputs;
-      Vec<A, 4> four = {};
-      if (channel < channels)
-        four = load_quad<T, kColumns, kVectors>(source ? x : g, channel, channels, p.S,
-                                                (begin + quad) * 4, p.pixels(), by_image);
-      if (source && p.relu) {
+    const int total = shape.channels() << p.log_quads;
+    for (int e = thread; e < total; e += kAtOnce * kThreads) {
+      Vec<A, 4> four[kAtOnce] = {};
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          if (four.v[j] <= 0) four.v[j] = 0;  // NaN stays
+      for (int i = 0; i < kAtOnce; ++i) {
+        const Cell at = cell_of(e + i * kThreads);
+        const bool source = at.row < 4 * shape.across;
+        const int channel = source ? at.row : at.row - 4 * shape.across;
+        const int channels = source ? p.inputs : p.outputs;
+        if (e + i * kThreads < total && channel < channels)
+          four[i] = load_quad<T, kColumns, kVectors>(source ? x : g, channel, channels, p.S,
+                                                     (begin + at.quad) * 4, p.pixels(), by_image);
       }
-      tile[row * pitch + quad] = four;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (e + i * kThreads >= total) break;
+        const Cell at = cell_of(e + i * kThreads);
+        if (at.row < 4 * shape.across && p.relu) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            if (four[i].v[j] <= 0) four[i].v[j] = 0;  // NaN stays
+        }
+        tile[at.row * pitch + at.quad] = four[i];
+      }
     }
     __syncthreads();
     if (slice >= slices) continue;
@@ -168,9 +187,9 @@ void plan_sums(ProductSums& p) {
   const int64_t quads = int64_t{1} << p.log_quads, tiles = ceil_div(p.pixels(), 4 * quads);
   p.share = p.parts = 0;
   if (tiles == 0 || p.count == 0) return;
-  // Enough parts to fill a GPU, but no more than read twice what they leave; and none so large that float counts.
+  // Enough parts to fill a GPU, but no more than read what they leave; and none so large that float counts.
   const int64_t filling = ceil_div(kReduceBlocks, p.count);
-  const int64_t most = p.pixels() * (p.inputs + p.outputs) / (4 * p.matrix());
+  const int64_t most = p.pixels() * (p.inputs + p.outputs) / p.matrix();
   const int64_t slices = kThreads / shape.lanes();
   const int64_t shallow = ceil_div(tiles * 4 * ceil_div(quads, slices), kReduceDepth);
   int64_t parts = filling < most ? filling : most;

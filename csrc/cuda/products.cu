@@ -83,14 +83,36 @@ template <typename T, int R, bool kColumns, bool kVectors>
 __device__ inline void store_outputs(const Products& p, T* y, const Pixels& at, int first,
                                      acc_type<T> (&sum)[R][kPixels]) {
   const T* mask = static_cast<const T*>(p.mask);
-  if (mask) {
+  if (mask) {  // all of it before the first store
+    if constexpr (kVectors && !kColumns) {
 #pragma unroll
-    for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
+        if (!at.valid[0] || first + r >= p.outputs) continue;
+        const Operand<T, kPixels> read = load<T, kPixels>(mask + at.y[0] + (first + r) * p.S);
+#pragma unroll
+        for (int j = 0; j < kPixels; ++j)
+          if (read.acc(j) <= 0) sum[r][j] = 0;
+      }
+    } else if constexpr (kVectors) {
 #pragma unroll
       for (int j = 0; j < kPixels; ++j)
-        if (at.valid[j] && first + r < p.outputs &&
-            to_acc(mask[at.y[j] + (first + r) * (kColumns ? 1 : p.S)]) <= 0)
-          sum[r][j] = 0;
+#pragma unroll
+        for (int r = 0; r < R; r += kAtOnce) {
+          if (!at.valid[j] || first + r >= p.outputs) continue;
+          const Operand<T, kAtOnce> read = load<T, kAtOnce>(mask + at.y[j] + first + r);
+#pragma unroll
+          for (int v = 0; v < kAtOnce; ++v)
+            if (read.acc(v) <= 0) sum[r + v][j] = 0;
+        }
+    } else {
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int j = 0; j < kPixels; ++j)
+          if (at.valid[j] && first + r < p.outputs &&
+              to_acc(mask[at.y[j] + (first + r) * (kColumns ? 1 : p.S)]) <= 0)
+            sum[r][j] = 0;
+    }
   }
   if constexpr (kVectors && !kColumns) {
     if (!at.valid[0]) return;
@@ -121,47 +143,54 @@ __device__ inline void store_outputs(const Products& p, T* y, const Pixels& at, 
 
 // grid: x chunks of pixels, y products. The warps of a block have groups of R outputs, side by side, of the same pixels.
 template <typename T, int R, bool kColumns, bool kVectors>
-__global__ void __launch_bounds__(kThreads, sizeof(acc_type<T>) == 8 ? 1
-                                            : R == 4                 ? 3
-                                                                     : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(acc_type<T>) == 8 ? 1 : 2)
     products_kernel(const __grid_constant__ Products p, Divider by_image) {
   using A = acc_type<T>;
-  FASTNAS_SHARED(Vec_4<A>, table, kMostChannels * kMostChannels / 4);
+  FASTNAS_SHARED(Vec_4<A>, table, kMostChannels * (kMostChannels / 4 + 1));
   const int i = static_cast<int>(blockIdx.y), thread = static_cast<int>(threadIdx.x);
-  const int groups = (p.outputs + R - 1) / R, fours = groups * (R / 4);
-  for (int e = thread; e < p.inputs * fours; e += kThreads) {
-    const int c = e / fours, first = (e - c * fours) * 4;
-    Vec<A, 4> four;
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      const int o = first + v, at = p.turned ? c * p.outputs + o : o * p.inputs + c;
-      four.v[v] = o < p.outputs ? read_as<A>(p.weights[i], p.weight_dtype[i], at) : A(0);
-    }
-    table[e] = four;
-  }
-  __syncthreads();
+  // The pitch is odd, so that threads which write one below the other meet other banks.
+  const int groups = (p.outputs + R - 1) / R, fours = groups * (R / 4), pitch = fours | 1;
   const int warp = thread / 32, chunks = kWarps / groups, chunk = warp / groups;
-  if (chunk >= chunks) return;
   const int group = warp - chunk * groups;
   const int64_t quad = (int64_t{blockIdx.x} * chunks + chunk) * 32 + thread % 32;
   const Pixels at = pixels_of<kColumns, kVectors>(p, by_image, quad);
   const T* x = static_cast<const T*>(p.xs[i]);
+  A value[kAtOnce][kPixels];  // on their way while the table is made
+  load_channels<T, kColumns, kVectors>(p, x, at, 0, value);
+  for (int e = thread; e < p.inputs * fours; e += kThreads) {
+    // Neighbouring threads read neighbouring weights.
+    const int c = p.turned ? e / fours : e % p.inputs, four = p.turned ? e % fours : e / p.inputs;
+    Vec<A, 4> weights;
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const int o = four * 4 + v, from = p.turned ? c * p.outputs + o : o * p.inputs + c;
+      weights.v[v] = o < p.outputs ? read_as<A>(p.weights[i], p.weight_dtype[i], from) : A(0);
+    }
+    table[c * pitch + four] = weights;
+  }
+  __syncthreads();
+  if (chunk >= chunks) return;
   A sum[R][kPixels] = {};
   for (int first = 0; first < p.inputs; first += kAtOnce) {
-    A value[kAtOnce][kPixels];
-    load_channels<T, kColumns, kVectors>(p, x, at, first, value);
+    A next[kAtOnce][kPixels] = {};
+    if (first + kAtOnce < p.inputs)
+      load_channels<T, kColumns, kVectors>(p, x, at, first + kAtOnce, next);
 #pragma unroll
     for (int c = 0; c < kAtOnce; ++c) {
       if (first + c >= p.inputs) break;
 #pragma unroll
       for (int r = 0; r < R; r += 4) {
-        const Vec<A, 4> four = table[(first + c) * fours + (group * R + r) / 4];
+        const Vec<A, 4> four = table[(first + c) * pitch + (group * R + r) / 4];
 #pragma unroll
         for (int v = 0; v < 4; ++v)
 #pragma unroll
           for (int j = 0; j < kPixels; ++j) sum[r + v][j] += four.v[v] * value[c][j];
       }
     }
+#pragma unroll
+    for (int c = 0; c < kAtOnce; ++c)
+#pragma unroll
+      for (int j = 0; j < kPixels; ++j) value[c][j] = next[c][j];
   }
   store_outputs<T, R, kColumns, kVectors>(p, static_cast<T*>(p.ys[i]), at, group * R, sum);
 }
@@ -193,6 +222,7 @@ cudaError_t launch_products(const Products& p, cudaStream_t stream) {
   if (!few_channels(p.inputs, p.outputs)) return cudaErrorInvalidValue;
   bool vectors =
       p.columns ? p.inputs % kAtOnce == 0 && p.outputs % kAtOnce == 0 : p.S % kPixels == 0;
+  vectors = vectors && aligned(p.mask);
   for (int i = 0; i < p.count; ++i) vectors = vectors && aligned(p.xs[i]) && aligned(p.ys[i]);
   return with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;

@@ -59,8 +59,11 @@ PointwiseGradients pointwise_backward(const Depthwise& d, const std::vector<at::
       some_hs.push_back(hs[i]);
       some_weights.push_back(weights[i]);
     } else {
+      if (!need_hs && !need[i]) continue;
+      // An output that no weight's gradient asks for was not computed: something of its shape stands for it.
+      const at::Tensor& h = need[i] ? hs[i] : gs[i];
       auto [dh, dw, db] =
-          at::convolution_backward(gs[i], hs[i], weights[i].to(dtype), std::nullopt, {1, 1}, {0, 0},
+          at::convolution_backward(gs[i], h, weights[i].to(dtype), std::nullopt, {1, 1}, {0, 0},
                                    {1, 1}, false, {0, 0}, 1, {need_hs, need[i], false});
       if (need_hs) out.dhs[i] = dh.to(dtype, false, false, d.format);
       if (need[i]) out.dweights.push_back(dw.to(weights[i].scalar_type()));
@@ -146,10 +149,14 @@ separable_group_backward(at::TensorList grads, at::IntArrayRef present, const at
     weights.push_back(pointwise[i]);
     need.push_back(need_pointwise[i] != 0);
   }
-  PointwiseGradients between = pointwise_backward(d, gs, hs, weights, need_hs, need);
+  const PointwiseGradients between = pointwise_backward(d, gs, hs, weights, need_hs, need);
+  std::vector<at::Tensor> dpointwise;  // with zeros for outputs that are absent
+  for (size_t i = 0, j = 0; i < all.size(); ++i)
+    if (need_pointwise[i])
+      dpointwise.push_back(present[i] ? between.dweights[j++] : at::zeros_like(pointwise[i]));
   SourceGradients source = source_backward(op, d, output_gradients(between.dhs, present), norm,
                                            mean, var, need_x, need_norm, need_depthwise);
-  return {source.dx,     source.dweights, between.dweights,
+  return {source.dx,     source.dweights, dpointwise,
           source.dgamma, source.dbeta,    at::empty({0, 4, x.size(1)}, source.dgamma.options())};
 }
 

@@ -64,8 +64,7 @@ class ArchParameters(nn.Module):
     with ``.to()``, and belong to no supernet, so that an optimizer of ``supernet.parameters()``
     never touches them.
 
-    Where edges differ in their number of candidates, ``alpha_<kind>`` is a list of parameters, one
-    an edge; then an edge can also do without a gradient.
+    Where edges differ in candidates, ``alpha_<kind>`` is a list: an edge can lack a gradient then.
 
     Args:
         alphas: initial values by cell kind, ``[edges, candidates]``.
@@ -320,7 +319,8 @@ class Method(abc.ABC):
         outcome = None
         if val is not None:
             outcome = self.architecture_step(learner, train, val(), moment.during("architecture"))
-            self.settle(learner.arch, moment)
+            if self.term is not None:
+                self.settle(learner.arch, moment)
         return learner.weight_step(train, moment.during("weights")), outcome
 
     def settle(self, arch: ArchParameters, moment: Moment) -> None:
