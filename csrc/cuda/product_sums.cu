@@ -92,25 +92,25 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_type<T>) == 8 ? 1 : 2)
     for (int e = thread; e < total; e += kAtOnce * kThreads) {
       Vec<A, 4> four[kAtOnce] = {};
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const Cell at = cell_of(e + i * kThreads);
+      for (int n = 0; n < kAtOnce; ++n) {
+        const Cell at = cell_of(e + n * kThreads);
         const bool source = at.row < 4 * shape.across;
         const int channel = source ? at.row : at.row - 4 * shape.across;
         const int channels = source ? p.inputs : p.outputs;
-        if (e + i * kThreads < total && channel < channels)
-          four[i] = load_quad<T, kColumns, kVectors>(source ? x : g, channel, channels, p.S,
+        if (e + n * kThreads < total && channel < channels)
+          four[n] = load_quad<T, kColumns, kVectors>(source ? x : g, channel, channels, p.S,
                                                      (begin + at.quad) * 4, p.pixels(), by_image);
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (e + i * kThreads >= total) break;
-        const Cell at = cell_of(e + i * kThreads);
+      for (int n = 0; n < kAtOnce; ++n) {
+        if (e + n * kThreads >= total) break;
+        const Cell at = cell_of(e + n * kThreads);
         if (at.row < 4 * shape.across && p.relu) {
 #pragma unroll
           for (int j = 0; j < 4; ++j)
-            if (four[i].v[j] <= 0) four[i].v[j] = 0;  // NaN stays
+            if (four[n].v[j] <= 0) four[n].v[j] = 0;  // NaN stays
         }
-        tile[at.row * pitch + at.quad] = four[i];
+        tile[at.row * pitch + at.quad] = four[n];
       }
     }
     __syncthreads();

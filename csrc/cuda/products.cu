@@ -11,6 +11,7 @@ namespace {
 constexpr int kPixels = 4;  // of a thread
 constexpr int kWarps = kThreads / 32;
 constexpr int kAtOnce = 4;  // channels whose values a thread loads before it uses the first
+static_assert(kAtOnce == kPixels, "vectors hold as many channels as pixels");
 
 // Four pixels of a thread: neighbours where vectors hold pixels, else 32 apart, so that a warp reads lines.
 struct Pixels {
@@ -78,67 +79,41 @@ __device__ inline void load_channels(const Products& p, const T* x, const Pixels
       if (value[c][j] <= 0) value[c][j] = 0;  // NaN stays
 }
 
+// f(at, part) for every vector of outputs first .. first + R of the pixels: `at` is its first element, part(v) the sum that
+// belongs to its element v.
+template <int R, bool kColumns, bool kVectors, typename A, typename F>
+__device__ inline void for_each_vector(const Products& p, const Pixels& at, int first,
+                                       A (&sum)[R][kPixels], F&& f) {
+#pragma unroll
+  for (int r = 0; r < R; r += kVectors && kColumns ? kAtOnce : 1) {
+    if (first + r >= p.outputs) break;
+#pragma unroll
+    for (int j = 0; j < kPixels; j += kVectors && !kColumns ? kPixels : 1) {
+      if (!at.valid[j]) continue;
+      f(at.y[j] + (first + r) * (kColumns ? 1 : p.S),
+        [&](int v) -> A& { return kColumns ? sum[r + v][j] : sum[r][j + v]; });
+    }
+  }
+}
+
 // Outputs first .. first + R of the pixels.
 template <typename T, int R, bool kColumns, bool kVectors>
 __device__ inline void store_outputs(const Products& p, T* y, const Pixels& at, int first,
                                      acc_type<T> (&sum)[R][kPixels]) {
-  const T* mask = static_cast<const T*>(p.mask);
-  if (mask) {  // all of it before the first store
-    if constexpr (kVectors && !kColumns) {
+  constexpr int V = kVectors ? kPixels : 1;
+  if (const T* mask = static_cast<const T*>(p.mask))  // all of it before the first store
+    for_each_vector<R, kColumns, kVectors>(p, at, first, sum, [&](int64_t from, auto&& part) {
+      const Operand<T, V> read = load<T, V>(mask + from);
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        if (!at.valid[0] || first + r >= p.outputs) continue;
-        const Operand<T, kPixels> read = load<T, kPixels>(mask + at.y[0] + (first + r) * p.S);
+      for (int v = 0; v < V; ++v)
+        if (read.acc(v) <= 0) part(v) = 0;
+    });
+  for_each_vector<R, kColumns, kVectors>(p, at, first, sum, [&](int64_t to, auto&& part) {
+    acc_type<T> out[V];
 #pragma unroll
-        for (int j = 0; j < kPixels; ++j)
-          if (read.acc(j) <= 0) sum[r][j] = 0;
-      }
-    } else if constexpr (kVectors) {
-#pragma unroll
-      for (int j = 0; j < kPixels; ++j)
-#pragma unroll
-        for (int r = 0; r < R; r += kAtOnce) {
-          if (!at.valid[j] || first + r >= p.outputs) continue;
-          const Operand<T, kAtOnce> read = load<T, kAtOnce>(mask + at.y[j] + first + r);
-#pragma unroll
-          for (int v = 0; v < kAtOnce; ++v)
-            if (read.acc(v) <= 0) sum[r + v][j] = 0;
-        }
-    } else {
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int j = 0; j < kPixels; ++j)
-          if (at.valid[j] && first + r < p.outputs &&
-              to_acc(mask[at.y[j] + (first + r) * (kColumns ? 1 : p.S)]) <= 0)
-            sum[r][j] = 0;
-    }
-  }
-  if constexpr (kVectors && !kColumns) {
-    if (!at.valid[0]) return;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (first + r < p.outputs) store<T, kPixels>(y + at.y[0] + (first + r) * p.S, sum[r]);
-    }
-  } else if constexpr (kVectors) {
-#pragma unroll
-    for (int j = 0; j < kPixels; ++j)
-#pragma unroll
-      for (int r = 0; r < R; r += kAtOnce) {
-        if (!at.valid[j] || first + r >= p.outputs) continue;
-        acc_type<T> part[kAtOnce];
-#pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) part[v] = sum[r + v][j];
-        store<T, kAtOnce>(y + at.y[j] + first + r, part);
-      }
-  } else {
-#pragma unroll
-    for (int r = 0; r < R; ++r)
-#pragma unroll
-      for (int j = 0; j < kPixels; ++j)
-        if (at.valid[j] && first + r < p.outputs)
-          y[at.y[j] + (first + r) * (kColumns ? 1 : p.S)] = from_acc<T>(sum[r][j]);
-  }
+    for (int v = 0; v < V; ++v) out[v] = part(v);
+    store<T, V>(y + to, out);
+  });
 }
 
 // grid: x chunks of pixels, y products. The warps of a block have groups of R outputs, side by side, of the same pixels.

@@ -12,21 +12,25 @@ namespace fastnas::cuda {
 // them; with fewer, a product is done when its operands have passed.
 constexpr int kMostChannels = 64;
 
-// y_i = w_i x_i at each pixel, of operands (N, C, ...) that are dense and in one format.
-struct Products {
+// Of `count` products of operands (N, C, ...) that are dense and in one format.
+struct ProductSizes {
   Dtype dtype;
-  bool columns;
-  int count, inputs, outputs;  // inputs and outputs: channels of the xs and of the ys
-  int64_t N, S;                // S pixels an image
-  bool turned;                 // weights are (inputs, outputs), else (outputs, inputs)
-  bool relu;                   // of the xs
-  const void* mask;            // y_0 is 0 where this, of its shape, is not positive; may be null
+  bool columns, relu;  // relu: of what is read, the xs
+  int count, inputs,
+      outputs;   // inputs and outputs: channels of what is read and what is made of it
+  int64_t N, S;  // S pixels an image
+
+  FASTNAS_HOST_DEVICE int64_t pixels() const { return N * S; }
+};
+
+// y_i = w_i x_i at each pixel.
+struct Products : ProductSizes {
+  bool turned;       // weights are (inputs, outputs), else (outputs, inputs)
+  const void* mask;  // y_0 is 0 where this, of its shape, is not positive; may be null
   const void* xs[kMaxOperands];
   void* ys[kMaxOperands];
   const void* weights[kMaxOperands];
   signed char weight_dtype[kMaxOperands];
-
-  FASTNAS_HOST_DEVICE int64_t pixels() const { return N * S; }
 };
 
 inline bool few_channels(int64_t inputs, int64_t outputs) {
@@ -37,12 +41,7 @@ inline bool few_channels(int64_t inputs, int64_t outputs) {
 cudaError_t launch_products(const Products& p, cudaStream_t stream);
 
 // dw_i = sum over pixels of g_i x_i^T. A block sums `share` tiles of 4 << log_quads pixels into one of `parts`.
-struct ProductSums {
-  Dtype dtype;
-  bool columns;
-  int count, inputs, outputs;
-  int64_t N, S;
-  bool relu;  // of the xs
+struct ProductSums : ProductSizes {
   const void* xs[kMaxOperands];
   const void* gs[kMaxOperands];
   void* dws[kMaxOperands];  // (outputs, inputs)
@@ -50,7 +49,6 @@ struct ProductSums {
   int log_quads;
   int64_t parts, share;
 
-  FASTNAS_HOST_DEVICE int64_t pixels() const { return N * S; }
   FASTNAS_HOST_DEVICE int64_t matrix() const { return int64_t{inputs} * outputs; }
   int64_t partials() const { return count * parts * matrix(); }
 };

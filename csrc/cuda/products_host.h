@@ -11,22 +11,27 @@ namespace fastnas::cuda {
 // Their kernels serve few channels (few_channels); the operands below are dense, in one dtype and in `format`, of one
 // shape, with pixels, and at least one.
 
+inline ProductSizes product_sizes(const std::vector<at::Tensor>& xs, int64_t outputs,
+                                  at::MemoryFormat format, bool relu) {
+  const at::Tensor& x = xs[0];
+  return {dtype_of(x.scalar_type()),
+          format != at::MemoryFormat::Contiguous,
+          relu,
+          static_cast<int>(xs.size()),
+          static_cast<int>(x.size(1)),
+          static_cast<int>(outputs),
+          x.size(0),
+          x.size(2) * x.size(3)};
+}
+
 // y_i = w_i x_i, or w_i^T x_i where turned. With a ReLU before, and a mask behind (of the shape of y_0), where given.
 inline std::vector<at::Tensor> multiply(const std::vector<at::Tensor>& xs,
                                         const std::vector<at::Tensor>& weights,
                                         at::MemoryFormat format, bool turned, bool relu = false,
                                         const at::Tensor& mask = {}) {
   const at::Tensor& x = xs[0];
-  Products p{};
-  p.dtype = dtype_of(x.scalar_type());
-  p.columns = format != at::MemoryFormat::Contiguous;
-  p.count = static_cast<int>(xs.size());
-  p.inputs = static_cast<int>(x.size(1));
-  p.outputs = static_cast<int>(weights[0].size(turned ? 1 : 0));
-  p.N = x.size(0);
-  p.S = x.size(2) * x.size(3);
+  Products p{product_sizes(xs, weights[0].size(turned ? 1 : 0), format, relu)};
   p.turned = turned;
-  p.relu = relu;
   if (mask.defined()) p.mask = pointer(mask);
   std::vector<at::Tensor> ys, kept;
   for (int i = 0; i < p.count; ++i) {
@@ -47,15 +52,7 @@ inline std::vector<at::Tensor> multiply_backward(const std::vector<at::Tensor>& 
                                                  const std::vector<at::Tensor>& weights,
                                                  at::MemoryFormat format, bool relu = false) {
   const at::Tensor& x = xs[0];
-  ProductSums p{};
-  p.dtype = dtype_of(x.scalar_type());
-  p.columns = format != at::MemoryFormat::Contiguous;
-  p.count = static_cast<int>(xs.size());
-  p.inputs = static_cast<int>(x.size(1));
-  p.outputs = static_cast<int>(gs[0].size(1));
-  p.N = x.size(0);
-  p.S = x.size(2) * x.size(3);
-  p.relu = relu;
+  ProductSums p{product_sizes(xs, gs[0].size(1), format, relu)};
   std::vector<at::Tensor> dws;
   for (int i = 0; i < p.count; ++i) {
     dws.push_back(at::empty(weights[i].sizes(), weights[i].options()));
