@@ -112,6 +112,21 @@ TORCH_LIBRARY(fastnas, m) {
       "need_pointwise, Tensor[] outputs, Tensor[] carried) -> (Tensor, Tensor[], Tensor[], Tensor, "
       "Tensor, Tensor)");
 
+  // separable_group of one convolution for each of several sources that have norms. Backward: of outputs that all have
+  // gradients; lists of results have an entry for each need, dgamma and dbeta a row for each affine norm, or none.
+  m.def(
+      "separable_each(Tensor[] xs, int[] kinds, float[] eps, int[] affine, Tensor[] gammas, "
+      "Tensor[] "
+      "betas, Tensor[] running_means, Tensor[] running_vars, Tensor[] depthwise, Tensor[] "
+      "pointwise, int[] dilations, int stride, Tensor[] carriers, bool carry) -> (Tensor[], "
+      "Tensor, Tensor, Tensor[])");
+  m.def(
+      "separable_each_backward(Tensor[] grads, Tensor[] xs, Tensor mean, Tensor var, int[] kinds, "
+      "float[] eps, int[] affine, Tensor[] gammas, Tensor[] betas, Tensor[] depthwise, Tensor[] "
+      "pointwise, int[] dilations, int stride, int[] need_xs, int[] need_norms, int[] "
+      "need_depthwise, int[] need_pointwise, Tensor[] outputs, Tensor[] carried) -> (Tensor[], "
+      "Tensor[], Tensor[], Tensor, Tensor, Tensor)");
+
   // 3x3, padding 1: the maximum, and the average of what is inside the image. x may be empty without grad_max.
   m.def("pool_pair(Tensor x, int stride, bool carry) -> (Tensor, Tensor, Tensor[])");
   m.def(

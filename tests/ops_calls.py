@@ -182,6 +182,26 @@ def separable_group(device, layout="contiguous", dtype=torch.float32, shape=SHAP
     return Call([x, *weights, *grads], run)
 
 
+def separable_each(device, layout="contiguous", dtype=torch.float32, shape=SHAPE):
+    channels = shape[1]
+    xs = [cases.make(shape, dtype, layout, device, seed=i).requires_grad_() for i in range(3)]
+    sizes = [*[(channels, 1, k, k) for k in (3, 5, 3)], *[(channels, channels, 1, 1)] * 3]
+    weights = [
+        cases.make(size, dtype, device=device, seed=20 + i).div(channels).requires_grad_()
+        for i, size in enumerate(sizes)
+    ]
+    norms = [nn.BatchNorm2d(channels, affine=i == 1).to(device) for i in range(3)]
+    grads = [cases.make(shape, dtype, layout, device, seed=30 + i) for i in range(3)]
+
+    def run(inputs):
+        xs, depthwise, pointwise, grads = (inputs[i : i + 3] for i in range(0, 12, 3))
+        ys = ops.separable_each(xs, depthwise, pointwise, (1, 1, 2), norms)
+        leaves = [*xs, *depthwise, *pointwise, *norms[1].parameters()]
+        return [*ys, *torch.autograd.grad(ys, leaves, grads)]
+
+    return Call([*xs, *weights, *grads], run, norms)
+
+
 def sample_paths(device, two=True):
     logits = cases.make((9, 7), device=device).requires_grad_()
     counts = torch.tensor([7, 3, 1, 7, 2, 6, 5, 4, 7]).to(device)
@@ -238,6 +258,7 @@ CALLS = {
     "relu_pointwise": relu_pointwise,
     "separable_group": separable_group,
     "separable_group, stride 2": lambda device, **kw: separable_group(device, stride=2, **kw),
+    "separable_each": separable_each,
     "sample_paths": lambda device, layout="", dtype=None, shape=SHAPE: sample_paths(device),
     "sparse_connections": lambda device, layout="", dtype=None, shape=SHAPE: sparse_connections(
         device

@@ -103,6 +103,7 @@ def samples(device):
     yield from relu_samples(device)
     yield from norm_depthwise_samples(device)
     yield from separable_samples(device)
+    yield from each_samples(device)
     yield from statistics_samples(device)
 
 
@@ -281,6 +282,39 @@ def separable_samples(device):
         yield "empty", "separable_group", (empty, 1, 0.1, var, mean, None, None, *tail, None, False)
         first = ([empty], [1], empty, mean, var, 1, 0.1, var, mean, *tail)
         yield "empty", "separable_group_backward", (*first, True, True, [1], [1], [], [])
+
+
+def each_samples(device):
+    """Arguments of the two ops of separable_each: norms of every kind, in the batch and apart."""
+    shape = (2, 4, 6, 8)
+    kernels = [cases.make((4, 1, k, k), F32, device=device, seed=k) for k in (3, 5, 1)]
+    matrices = [cases.make((4, 4, 1, 1), F32, device=device, seed=k) for k in (3, 5, 1)]
+    mean, var = torch.randn(3, 4, device=device), torch.rand(3, 4, device=device) + 0.5
+    norms = [1, 2, 1], [0.1, 0.0, 1e-5], [0, 1, 1], [*var[:2]], [*mean[:2]]
+    for layouts in (("contiguous",), ("channels_last",), ("contiguous", "sliced_last")):
+        for dtypes in ((F32,), (BF16,), (BF16, F32)):
+            name = f"{'-'.join(layouts)}-{'-'.join(map(cases.ids, dtypes))}"
+            xs = tensors(3, shape, device, dtypes, layouts)
+            for stride, dilations in ((1, [1, 2, 3]), (2, [1, 2, 1])):
+                tail = (kernels, matrices, dilations, stride)
+                forward = (xs, *norms, [mean[2]], [var[2]], *tail)
+                yield f"{name}-{stride}", "separable_each", (*forward, [], False)
+                grads = tensors(3, (2, 4, 6 // stride, 8 // stride), device, dtypes, layouts)
+                first = (grads, xs, mean, var, *norms, *tail)
+                for needs in (([1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 1, 1]), *[([0] * 3,) * 4]):
+                    yield f"{name}-{stride}", "separable_each_backward", (*first, *needs, [], [])
+                if torch.device(device).type == "cpu":
+                    numbers = cases.make((4, 4), F32, seed=1)
+                    carriers = [numbers.abs(), numbers[:0], numbers.abs()]
+                    forward = (*forward, carriers, dtypes == (F32,))
+                    yield f"{name}-{stride}-carried", "separable_each", forward
+                    needs = ([2, 1, 0], *[[1, 0, 1]] * 3, grads, [numbers, numbers[:0], numbers])
+                    yield f"{name}-{stride}-carried", "separable_each_backward", (*first, *needs)
+    empty = tensors(3, (0, 4, 4, 5), device)
+    tail = (kernels, matrices, [1, 1, 1], 1)
+    yield "empty", "separable_each", (empty, *norms, [mean[2]], [var[2]], *tail, [], False)
+    first = (empty, empty, mean, var, *norms, *tail)
+    yield "empty", "separable_each_backward", (*first, *[[1] * 3] * 4, [], [])
 
 
 def statistics_samples(device):

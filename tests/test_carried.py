@@ -208,9 +208,9 @@ def test_layers_behind_the_convolutions_take_no_carrier(of_any_size):
 def asked(monkeypatch):
     """What every sum and every convolution behind a norm is asked for each input's gradient."""
     asked = []
-    mix, convolve = (
+    mix, convolve, convolve_each = (
         getattr(torch.ops.fastnas, f"{op}_backward")
-        for op in ("mixed_batch_norm", "separable_group")
+        for op in ("mixed_batch_norm", "separable_group", "separable_each")
     )
 
     def spy_on_sums(*arguments):
@@ -221,7 +221,12 @@ def asked(monkeypatch):
         asked.append(("convolution", arguments[13]))
         return convolve(*arguments)
 
+    def spy_on_each(*arguments):
+        asked.extend(("convolution", way) for way in arguments[13])
+        return convolve_each(*arguments)
+
     monkeypatch.setattr(torch.ops.fastnas, "mixed_batch_norm_backward", spy_on_sums)
+    monkeypatch.setattr(torch.ops.fastnas, "separable_each_backward", spy_on_each)
     monkeypatch.setattr(torch.ops.fastnas, "separable_group_backward", spy_on_convolutions)
     return asked
 

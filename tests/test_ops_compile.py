@@ -284,6 +284,8 @@ OPS = (
     "batch_norm_depthwise_backward",
     "separable_group",
     "separable_group_backward",
+    "separable_each",
+    "separable_each_backward",
     "sparse_connections",
     "sparse_connections_backward",
 )

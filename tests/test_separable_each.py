@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""separable_each is separable_group of each source: to the bit, in gradients and statistics."""
+"""separable_each is separable_group of each source, in gradients and statistics too.
+
+To the bit on a CPU; by the CUDA kernels but for the order of sums, which are cut for all sources.
+"""
 
 from __future__ import annotations
 
 import copy
+import sys
 
 import ops_cases as cases
 import pytest
@@ -44,17 +48,32 @@ def leaves_of(case):
     return [*xs, *depthwise, *pointwise, *(p for norm in norms for p in norm.parameters())]
 
 
+def assert_equal(a, b, name):
+    """To the bit, or nearly where all sources are summed up together."""
+    if a.device.type == "cpu" and "simt.plugin" not in sys.modules:
+        assert_bitwise(a, b, name)
+        return
+    assert a.dtype == b.dtype, name
+    near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+    scale = max(b.double().abs().max().item(), 1.0) if b.numel() else 1.0
+    difference = (a.double() - b.double()).abs().max().item() if b.numel() else 0.0
+    assert difference <= near[a.dtype] * scale, f"{name}: {difference} of {scale}"
+
+
 def assert_same(case, stride=1, present=None):
     *tensors, norms = case
     twins = copy.deepcopy(norms)
     found = separable_each(*tensors, norms, stride)
     expected = one_by_one(*tensors, twins, stride)
-    for a, b in zip(found, expected, strict=True):
-        assert_bitwise(a, b)
+    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert_equal(a, b, f"output {k}")
         assert a.stride() == b.stride()
     for a, b in zip(norms, twins, strict=True):
-        for x, y in zip(a.buffers(), b.buffers(), strict=True):
-            assert_bitwise(x, y)
+        for (name, x), y in zip(a.named_buffers(), b.buffers(), strict=True):
+            if y.is_floating_point():
+                assert_equal(x, y, name)
+            else:
+                assert x == y
     grads = [cases.like_output(y, 50 + i) for i, y in enumerate(found)]
     chosen = range(len(found)) if present is None else present
     results = []
@@ -62,10 +81,10 @@ def assert_same(case, stride=1, present=None):
         leaves = [t for t in leaves if t.requires_grad]
         pairs = [ys[i] for i in chosen], leaves, [grads[i] for i in chosen]
         results.append(torch.autograd.grad(*pairs, allow_unused=present is not None))
-    for a, b in zip(*results, strict=True):
+    for k, (a, b) in enumerate(zip(*results, strict=True)):
         assert (a is None) == (b is None)
         if a is not None:
-            assert_bitwise(a, b)
+            assert_equal(a, b, f"gradient {k}")
             assert a.dtype == b.dtype
     return results[0]
 
@@ -81,6 +100,17 @@ def test_any_view_of_any_number_of_channels(channels, device):
     assert_same(
         make_case(("plain", "affine", "plain"), device, layouts=cases.VIEWS, channels=channels)
     )
+
+
+@pytest.mark.parametrize("channels", [65, 3])
+@pytest.mark.parametrize("layouts", [("contiguous",), ("channels_last", "contiguous")])
+def test_many_channels_and_formats_of_their_own(layouts, channels, device):
+    assert_same(make_case(("plain", "affine"), device, layouts=layouts, channels=channels))
+
+
+def test_dilations_that_no_tile_reaches(device):
+    *tensors, _, norms = make_case(("plain", "affine"), device, size=(9, 8))
+    assert_same((*tensors, [1, 3], norms))
 
 
 def test_outputs_without_a_gradient_give_none(device):
@@ -127,8 +157,10 @@ def test_one_norm_of_several_sources_moves_as_often(device):
     separable_each(*tensors, [norm] * 3)
     one_by_one(*tensors, [twin] * 3)
     assert norm.num_batches_tracked == twin.num_batches_tracked == 3
-    for a, b in zip(norm.buffers(), twin.buffers(), strict=True):
-        assert_bitwise(a, b)
+    for a, b in zip(
+        (norm.running_mean, norm.running_var), (twin.running_mean, twin.running_var), strict=True
+    ):
+        assert_equal(a, b, "running")
 
 
 def test_under_autocast_as_one_by_one(device):
@@ -138,7 +170,7 @@ def test_under_autocast_as_one_by_one(device):
         expected = one_by_one(*tensors, copy.deepcopy(norms))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.bfloat16
-        assert_bitwise(a, b)
+        assert_equal(a, b, "output")
 
 
 ONES = {

@@ -19,6 +19,7 @@ import torch
 from ops_calls import CALLS, WITHOUT_IMAGES
 from ops_samples import samples
 from simt import harness
+from test_separable_each import make_case as make_each_case
 from torch.utils._pytree import tree_leaves
 
 from fastnas import _extension
@@ -31,6 +32,7 @@ from fastnas.ops import (
     partial_channel_mix,
     pool_pair,
     relu_pointwise,
+    separable_each,
     separable_group,
 )
 
@@ -53,8 +55,9 @@ SELECTED = {
     "relu_pointwise": "not threads and not bfloat16",
     # On a GPU the mean of a channel with an infinity is NaN.
     "mixed_batch_norm_statistics": "not infinity",
+    # The CPU's derivatives of derivatives.
+    "separable_each": "not gradcheck",
     # Composed of ops that are tested here as they are.
-    "separable_each": "several or subset or without",
     "separable_group": "several or subset or without or raw_ops or any_view",
 }
 
@@ -322,6 +325,22 @@ def test_launches_of_separable_convolutions(simt):
             assert simt.launches() - before == forward
             before = simt.launches()
             torch.autograd.grad(ys, [x, *weights], [cases.like_output(y) for y in ys])
+            assert simt.launches() - before == backward
+
+
+def test_launches_serve_all_sources(simt):
+    """As many as for one: those of the norm and of one convolution of either size."""
+    for changes, forward, backward in (
+        ({}, 4, 11),
+        ({"layouts": ("contiguous", "channels_last")}, 3 * 4, 3 * 10),  # one after the other
+    ):
+        *tensors, norms = make_each_case(("plain", "affine", "plain"), "cpu", **changes)
+        with cuda_kernels(simt):
+            before = simt.launches()
+            ys = separable_each(*tensors, norms)
+            assert simt.launches() - before == forward
+            before = simt.launches()
+            torch.autograd.grad(ys, [*tensors[0], *tensors[1], *tensors[2]], ys)
             assert simt.launches() - before == backward
 
 

@@ -11,75 +11,87 @@
 
 namespace fastnas::cuda {
 
-Coefficients normalise_source(const char* op, Depthwise& d, const SourceNorm& norm,
-                              const OptionalTensor& mean, const OptionalTensor& var) {
-  const NormArguments norms = make_source_norms(op, d.source, norm, mean, var);
+Coefficients normalise_sources(Depthwise& d, const NormArguments& norms) {
   const Plan plan =
-      plan_channels(d.source.sizes(), d.like.scalar_type(), d.format, {pointer(d.source)});
-  Coefficients f = mix_coefficients(plan, {d.source}, norms);
+      plan_channels(d.sources[0].sizes(), d.like.scalar_type(), d.format, pointers(d.sources));
+  Coefficients f = mix_coefficients(plan, d.sources, norms, true);
   d.c.scale = at_row(f.table, 0);
-  d.c.shift = at_row(f.table, plan.period);
+  d.c.shift = at_row(f.table, plan.tables(norms.norms.K));
+  d.c.pitch = plan.period;
   return f;
 }
 
-SourceGradients source_backward(const char* op, const Depthwise& d, const OutputGradients& from,
-                                const SourceNorm& norm, const at::Tensor& mean,
-                                const at::Tensor& var, bool need_x, bool need_norm,
-                                at::IntArrayRef need_weights) {
-  const int64_t C = d.group.C;
+SourceGradients source_backward(const Depthwise& d, const OutputGradients& from,
+                                const NormArguments* norms, const at::Tensor& mean,
+                                const at::Tensor& var, at::IntArrayRef need_xs,
+                                at::IntArrayRef need_norms, at::IntArrayRef need_weights) {
+  const int64_t C = d.group.C, K = static_cast<int64_t>(d.sources.size());
   const cudaStream_t stream = d.stream();
   const at::TensorOptions acc = d.like.options().dtype(d.acc());
-  SourceGradients out{at::empty({0}, d.like.options()), weight_gradients(d, from, need_weights),
-                      at::empty({0, C}, acc), at::empty({0, C}, acc)};
-  if (norm.kind == 0) {
-    if (need_x) out.dx = input_gradient(d, from, {});
+  SourceGradients out{{}, weight_gradients(d, from, need_weights), {}, {}};
+  const int64_t rows = norms ? norms->affine_rows : 0;
+  bool any = false, sums = false;
+  for (int64_t k = 0; k < K; ++k) {
+    any = any || need_xs[k] || (norms && need_norms[k]);
+    sums = sums || (norms && needs_dot(*norms, k, need_xs[k], false));
+  }
+  if (!norms || !any) {
+    out.dgamma = at::empty({0, C}, acc);
+    out.dbeta = at::empty({0, C}, acc);
+    if (any) out.dxs = input_gradients(d, from, {});
     return out;
   }
-  if (!need_x && !need_norm) return out;
-
-  const at::Tensor means = as_operand(mean, d.acc(), at::MemoryFormat::Contiguous);
-  const at::Tensor vars = as_operand(var, d.acc(), at::MemoryFormat::Contiguous);
-  const NormArguments norms = make_source_norms(op, d.source, norm, means, vars);
-  const bool sums = needs_dot(norms, 0, need_x, false);
   const int64_t parts = sums ? input_sum_parts(d.c) : 0;
-  at::Tensor partial = scratch(2 * C * parts, d.acc(), d.like);
-  const at::Tensor dh = input_gradient(d, from, {parts, pointer(means), mutable_pointer(partial)});
-  if (need_x) out.dx = at::empty(d.source.sizes(), d.like.options(), d.format);
-  const Plan plan = plan_channels(dh.sizes(), dh.scalar_type(), d.format,
-                                  {pointer(d.source), pointer(dh), pointer(out.dx)});
+  at::Tensor partial = scratch(2 * K * C * parts, d.acc(), d.like);
+  const std::vector<at::Tensor> dhs =
+      input_gradients(d, from, {parts, pointer(mean), mutable_pointer(partial)});
+  ApartGradients gradients{};
+  gradients.K = static_cast<int>(K);
+  std::vector<const void*> walked = pointers(d.sources);
+  bool written = false;
+  for (int64_t k = 0; k < K; ++k) {
+    gradients.gs[k] = pointer(dhs[k]);
+    walked.push_back(gradients.gs[k]);
+    if (norms->norms.kinds[k] == kBatch)
+      gradients.xs[k] = pointer(d.sources[k]);  // else a * g is all there is
+    if (!need_xs[k]) continue;
+    out.dxs.push_back(at::empty(d.sources[k].sizes(), d.like.options(), d.format));
+    gradients.dxs[k] = mutable_pointer(out.dxs.back());
+    walked.push_back(gradients.dxs[k]);
+    written = true;
+  }
+  const Plan plan = plan_channels(dhs[0].sizes(), dhs[0].scalar_type(), d.format, walked);
   at::Tensor centre;
-  if (sums && !parts && plan.elements) {
-    centre = centre_rows(plan, means.view({1, C}));
+  if (sums && !parts && plan.elements) {  // of the one source that such convolutions have
+    centre = centre_rows(plan, mean);
     partial = scratch(2 * plan.partials(), d.acc(), d.like);
     Dots dots{};
-    dots.g = pointer(dh);
+    dots.g = pointer(dhs[0]);
     dots.step = 1;
-    dots.xs[0] = pointer(d.source);
+    dots.xs[0] = pointer(d.sources[0]);
     dots.K = 1;
     dots.centre = pointer(centre);
     dots.partial = mutable_pointer(partial);
     C10_CUDA_CHECK(launch_dots(plan, dots, stream));
   }
-  MixGradients tables;
-  tables.tables = scratch(3 * plan.tables(1), d.acc(), d.like);
-  out.dgamma = at::empty({norms.affine_rows, C}, acc);
-  out.dbeta = at::empty({norms.affine_rows, C}, acc);
+  const at::Tensor tables = scratch(3 * plan.tables(K), d.acc(), d.like);
+  gradients.a = at_row(tables, 0);
+  gradients.b = at_row(tables, plan.tables(K));
+  gradients.c = at_row(tables, 2 * plan.tables(K));
+  out.dgamma = at::empty({rows, C}, acc);
+  out.dbeta = at::empty({rows, C}, acc);
   const NormGradients args{pointer(partial),
-                           pointer(means),
-                           pointer(vars),
-                           at_row(tables.tables, 0),
-                           at_row(tables.tables, plan.tables(1)),
-                           at_row(tables.tables, 2 * plan.tables(1)),
+                           pointer(mean),
+                           pointer(var),
+                           at_row(tables, 0),
+                           at_row(tables, plan.tables(K)),
+                           at_row(tables, 2 * plan.tables(K)),
                            mutable_pointer(out.dgamma),
                            mutable_pointer(out.dbeta),
                            nullptr,
                            parts};
-  C10_CUDA_CHECK(launch_norm_gradients(plan, norms.norms, args, stream));
-  if (need_x)
-    C10_CUDA_CHECK(launch_gradients(plan,
-                                    gradient_arguments(plan, tables, pointer(dh), 1, {d.source},
-                                                       norms, {mutable_pointer(out.dx)}),
-                                    stream));
+  C10_CUDA_CHECK(launch_norm_gradients(plan, norms->norms, args, stream));
+  if (written) C10_CUDA_CHECK(launch_apart_gradients(plan, gradients, stream));
   return out;
 }
 
@@ -96,8 +108,9 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> batch_norm_depthwise
   const c10::cuda::CUDAGuard guard(x.device());
   const at::MemoryFormat format = memory_format(x);
   Depthwise d =
-      make_depthwise(group, as_operand(x, x.scalar_type(), format), x, format, weights, true);
-  const Coefficients f = normalise_source(op, d, norm, running_mean, running_var);
+      make_depthwise(group, {as_operand(x, x.scalar_type(), format)}, x, format, weights, true);
+  const Coefficients f =
+      normalise_sources(d, make_source_norms(op, x, norm, running_mean, running_var));
   add_weights(d);
   return {convolve(d), f.mean.view({-1}), f.var.view({-1})};
 }
@@ -120,12 +133,16 @@ batch_norm_depthwise_backward(at::TensorList grads, at::IntArrayRef present, con
   const at::MemoryFormat format = memory_format(x);
   const std::vector<at::Tensor> gs = as_operands(grads, dtype, format);
   Depthwise d =
-      make_depthwise(group, as_operand(x, dtype, format), grads[0], format, weights, true);
-  const Coefficients f = normalise_source(op, d, {2, eps, gamma, beta}, mean, var);
+      make_depthwise(group, {as_operand(x, dtype, format)}, grads[0], format, weights, true);
+  const at::Tensor means = as_operand(mean, d.acc(), at::MemoryFormat::Contiguous).view({1, -1});
+  const at::Tensor vars = as_operand(var, d.acc(), at::MemoryFormat::Contiguous).view({1, -1});
+  const NormArguments norms = make_source_norms(op, x, norm, means, vars);
+  const Coefficients f = normalise_sources(d, by_statistics(norms, means, vars));
   if (need_x || need_norm) add_weights(d);
-  SourceGradients out = source_backward(op, d, output_gradients(gs, present), norm, mean, var,
-                                        need_x, need_norm, need_weights);
-  return {out.dx, out.dweights, out.dgamma, out.dbeta};
+  SourceGradients out = source_backward(d, output_gradients(gs, present), &norms, means, vars,
+                                        {need_x}, {need_norm}, need_weights);
+  const at::Tensor dx = need_x ? out.dxs[0] : at::empty({0}, d.like.options());
+  return {dx, out.dweights, out.dgamma, out.dbeta};
 }
 
 }  // namespace fastnas::cuda

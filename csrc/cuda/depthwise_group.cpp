@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Depthwise convolutions of one source, on CUDA: one kernel for all outputs; backward one for dx, one for the parts of
-// all gradients of weights of a size, and a small one to fold those of each.
+// Depthwise convolutions, on CUDA: one kernel for all outputs; backward one for the gradients of sources, one for the
+// parts of all gradients of weights of a size, and a small one to fold those of each.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -8,15 +8,17 @@
 
 namespace fastnas::cuda {
 
-Depthwise make_depthwise(const DepthwiseGroup& group, const at::Tensor& source,
+Depthwise make_depthwise(const DepthwiseGroup& group, const std::vector<at::Tensor>& sources,
                          const at::Tensor& like, at::MemoryFormat format, at::TensorList weights,
                          bool relu) {
-  Depthwise d{group, source, like, format, weights.vec(), {}, {}};
+  Depthwise d{group, sources, like, format, weights.vec(), {}, {}};
   Convolutions& c = d.c;
   c.dtype = dtype_of(like.scalar_type());
   c.columns = format != at::MemoryFormat::Contiguous;
   c.count = static_cast<int>(group.size());
   c.stride = static_cast<int>(group.stride);
+  c.sources = static_cast<int>(sources.size());
+  for (int s = 0; s < c.sources; ++s) c.xs[s] = pointer(sources[s]);
   c.N = group.N;
   c.C = group.C;
   c.H = group.H;
@@ -54,7 +56,7 @@ std::vector<at::Tensor> convolve(const Depthwise& d) {
         at::empty({d.group.N, d.group.C, d.group.oh, d.group.ow}, d.like.options(), d.format));
     to.ys[i] = mutable_pointer(ys[i]);
   }
-  C10_CUDA_CHECK(launch_convolutions(d.c, pointer(d.source), to, d.stream()));
+  C10_CUDA_CHECK(launch_convolutions(d.c, to, d.stream()));
   return ys;
 }
 
@@ -65,12 +67,17 @@ OutputGradients output_gradients(const std::vector<at::Tensor>& gs, at::IntArray
   return from;
 }
 
-at::Tensor input_gradient(const Depthwise& d, const OutputGradients& from, const InputSums& sums) {
-  at::Tensor dx =
-      at::empty({d.group.N, d.group.C, d.group.H, d.group.W}, d.like.options(), d.format);
-  C10_CUDA_CHECK(
-      launch_input_gradient(d.c, from, pointer(d.source), mutable_pointer(dx), sums, d.stream()));
-  return dx;
+std::vector<at::Tensor> input_gradients(const Depthwise& d, const OutputGradients& from,
+                                        const InputSums& sums) {
+  std::vector<at::Tensor> dxs;
+  InputGradients to{};
+  for (int s = 0; s < d.c.sources; ++s) {
+    dxs.push_back(
+        at::empty({d.group.N, d.group.C, d.group.H, d.group.W}, d.like.options(), d.format));
+    to.dxs[s] = mutable_pointer(dxs[s]);
+  }
+  C10_CUDA_CHECK(launch_input_gradients(d.c, from, to, sums, d.stream()));
+  return dxs;
 }
 
 std::vector<at::Tensor> weight_gradients(const Depthwise& d, const OutputGradients& from,
@@ -83,7 +90,7 @@ std::vector<at::Tensor> weight_gradients(const Depthwise& d, const OutputGradien
   for (int i = 0; i < c.count; ++i) any = (to.need[i] = need[i] && from.gs[i]) || any;
   const at::Tensor partial = scratch(any ? c.taps() * c.C * plan.parts : 0, d.acc(), d.like);
   to.partial = mutable_pointer(partial);
-  if (any) C10_CUDA_CHECK(launch_weight_gradients(c, plan, from, pointer(d.source), to, stream));
+  if (any) C10_CUDA_CHECK(launch_weight_gradients(c, plan, from, to, stream));
   std::vector<at::Tensor> dws;
   FoldedGradients folded{};
   for (int i = 0; i < c.count; ++i) {
@@ -106,7 +113,7 @@ std::vector<at::Tensor> depthwise_group(const at::Tensor& x, at::TensorList weig
   const c10::cuda::CUDAGuard guard(x.device());
   const at::MemoryFormat format = memory_format(x);
   Depthwise d =
-      make_depthwise(group, as_operand(x, x.scalar_type(), format), x, format, weights, relu);
+      make_depthwise(group, {as_operand(x, x.scalar_type(), format)}, x, format, weights, relu);
   add_weights(d);
   return convolve(d);
 }
@@ -123,13 +130,13 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> depthwise_group_backward(
   const at::ScalarType dtype = like.scalar_type();
   const at::MemoryFormat format = memory_format(x.dim() == 4 ? x : like);
   const std::vector<at::Tensor> gs = as_operands(grads, dtype, format);
-  Depthwise d = make_depthwise(group, x.numel() ? as_operand(x, dtype, format) : x, like, format,
+  Depthwise d = make_depthwise(group, {x.numel() ? as_operand(x, dtype, format) : x}, like, format,
                                weights, relu);
   const OutputGradients from = output_gradients(gs, present);
   at::Tensor dx = at::empty({0}, like.options());
   if (need_x) {
     add_weights(d);
-    dx = input_gradient(d, from, {});
+    dx = input_gradients(d, from, {})[0];
   }
   return {dx, weight_gradients(d, from, need_weights)};
 }

@@ -290,11 +290,12 @@ cudaError_t launch_weight_table(const Convolutions& c, void* table, cudaStream_t
   return cudaGetLastError();
 }
 
-cudaError_t launch_convolutions(const Convolutions& c, const void* x, const Outputs& to,
-                                cudaStream_t stream) {
+cudaError_t launch_convolutions(const Convolutions& c, const Outputs& to, cudaStream_t stream) {
   if (c.outputs() == 0) return cudaSuccess;
   const Tile tile = plan_tile(c, c.oh, c.ow, c.stride);
-  if (tile.fits) return launch_tiled_convolutions(c, tile, x, to, stream);
+  if (tile.fits) return launch_tiled_convolutions(c, tile, to, stream);
+  if (c.sources != 1) return cudaErrorInvalidValue;
+  const void* x = c.xs[0];
   return with_layout(c, to.ys, {x}, [&](auto type, auto vector, auto columns) {
     using T = typename decltype(type)::type;
     constexpr int V = decltype(vector)::value;
@@ -308,15 +309,18 @@ cudaError_t launch_convolutions(const Convolutions& c, const void* x, const Outp
 
 int64_t input_sum_parts(const Convolutions& c) {
   const Tile tile = plan_tile(c, c.H, c.W, 1);
-  return tile.fits && c.sources() ? tile.tiles() : 0;
+  return tile.fits && c.inputs() ? tile.tiles() : 0;
 }
 
-cudaError_t launch_input_gradient(const Convolutions& c, const OutputGradients& from, const void* x,
-                                  void* dx, const InputSums& sums, cudaStream_t stream) {
-  if (c.sources() == 0) return cudaSuccess;
+cudaError_t launch_input_gradients(const Convolutions& c, const OutputGradients& from,
+                                   const InputGradients& to, const InputSums& sums,
+                                   cudaStream_t stream) {
+  if (c.inputs() == 0) return cudaSuccess;
   const Tile tile = plan_tile(c, c.H, c.W, 1);
-  if (tile.fits) return launch_tiled_input_gradient(c, tile, from, x, dx, sums, stream);
-  if (sums.partial) return cudaErrorInvalidValue;
+  if (tile.fits) return launch_tiled_input_gradients(c, tile, from, to, sums, stream);
+  if (c.sources != 1 || sums.partial) return cudaErrorInvalidValue;
+  const void* x = c.xs[0];
+  void* dx = to.dxs[0];
   return with_layout(
       c, from.gs, {dx, c.relu ? x : nullptr}, [&](auto type, auto vector, auto columns) {
         using T = typename decltype(type)::type;
@@ -356,11 +360,12 @@ WeightPlan plan_weights(const Convolutions& c) {
 }
 
 cudaError_t launch_weight_gradients(const Convolutions& c, const WeightPlan& plan,
-                                    const OutputGradients& from, const void* x,
-                                    const WeightGradients& to, cudaStream_t stream) {
+                                    const OutputGradients& from, const WeightGradients& to,
+                                    cudaStream_t stream) {
   if (c.outputs() == 0) return cudaSuccess;
   if (const Tile tile = plan_tile(c, c.oh, c.ow, c.stride); tile.fits)
-    return launch_tiled_weight_gradients(c, tile, plan.parts, plan.share, from, x, to, stream);
+    return launch_tiled_weight_gradients(c, tile, plan.parts, plan.share, from, to, stream);
+  if (c.sources != 1) return cudaErrorInvalidValue;
   unsigned lines = 0;
   for (int i = 0; i < c.count; ++i) lines += static_cast<unsigned>(c.side[i]);
   const int64_t pixels = c.N * c.oh * c.ow, beside = c.columns ? plan.chunks : c.C;
@@ -372,7 +377,7 @@ cudaError_t launch_weight_gradients(const Convolutions& c, const WeightPlan& pla
     const auto kernel =
         c.columns ? weight_gradients_kernel<T, true> : weight_gradients_kernel<T, false>;
     FASTNAS_LAUNCH(kernel, grid, kThreads, stream, c, plan, by_ow, by_oh, from,
-                   static_cast<const T*>(x), to);
+                   static_cast<const T*>(c.xs[0]), to);
     return cudaGetLastError();
   });
 }

@@ -61,18 +61,18 @@ __device__ inline Strip strip_of(const Tile& t) {
 struct Window {
   int y, x, rows, columns, shift;
   int height, width;
-  bool source;  // which BatchNorm and ReLU come before
+  int source;  // which one, if BatchNorm and ReLU come before; else -1
 };
 
-// scale x + shift of a channel; x where there is no such table, or it is not to be read.
+// scale x + shift of a channel of a source; x where there is no such table, or no source (-1).
 template <typename A>
 struct Scaling {
   A scale = 1, shift = 0;
 
-  __device__ Scaling(const Convolutions& c, bool reads, int64_t channel) {
-    if (!reads || !c.scale) return;
-    scale = static_cast<const A*>(c.scale)[channel];
-    shift = static_cast<const A*>(c.shift)[channel];
+  __device__ Scaling(const Convolutions& c, int source, int64_t channel) {
+    if (source < 0 || !c.scale) return;
+    scale = static_cast<const A*>(c.scale)[source * c.pitch + channel];
+    shift = static_cast<const A*>(c.shift)[source * c.pitch + channel];
   }
   __device__ A of(A x) const { return scale * x + shift; }
 };
@@ -105,11 +105,11 @@ __device__ inline void bring(const Convolutions& c, const Tile& t, const Strides
   const int thread = static_cast<int>(threadIdx.x), in_row = thread / side;
   const RowShare share(t, in_row, kThreads / side);
   if (!share.works) return;
-  const bool normed = w.source && c.scale, relu = w.source && c.relu;
+  const bool normed = w.source >= 0 && c.scale, relu = w.source >= 0 && c.relu;
   for (int e = thread - in_row * side; e < elements; e += side) {
     const int x = w.x + (e >> t.log_lanes), channel = corner.channel + (e & (t.lanes() - 1));
     const bool inside = x >= 0 && !(x & zeros) && (x >> w.shift) < w.width && channel < c.C;
-    const Scaling<A> scaling(c, normed && inside, channel);
+    const Scaling<A> scaling(c, inside ? w.source : -1, channel);
     for (int image = share.first_image; image < t.images(); image += share.image_step) {
       const bool exists = inside && corner.image + image < c.N;
       const T* column =
@@ -177,6 +177,14 @@ struct Column {
 
   // What output o's tap r multiplies.
   __device__ A of(int o, int r) const { return value[o * S + r * D]; }
+};
+
+// The convolutions of a source: `first` to `last`.
+struct Range {
+  int first, last;
+
+  __device__ Range(const Convolutions& c, int source)
+      : first(c.sources == 1 ? 0 : source), last(c.sources == 1 ? c.count : source + 1) {}
 };
 
 // Weights of one convolution for the channels of a tile: those of a tap side by side, kMostLanes from one to the next, so

@@ -102,15 +102,15 @@ inline Tile plan_tile(const Convolutions& c, int64_t height, int64_t width, int 
   return t;
 }
 
-cudaError_t launch_tiled_convolutions(const Convolutions& c, const Tile& tile, const void* x,
-                                      const Outputs& to, cudaStream_t stream);
-cudaError_t launch_tiled_input_gradient(const Convolutions& c, const Tile& tile,
-                                        const OutputGradients& from, const void* x, void* dx,
-                                        const InputSums& sums, cudaStream_t stream);
+cudaError_t launch_tiled_convolutions(const Convolutions& c, const Tile& tile, const Outputs& to,
+                                      cudaStream_t stream);
+cudaError_t launch_tiled_input_gradients(const Convolutions& c, const Tile& tile,
+                                         const OutputGradients& from, const InputGradients& to,
+                                         const InputSums& sums, cudaStream_t stream);
 
 // `parts` of `share` tiles.
 cudaError_t launch_tiled_weight_gradients(const Convolutions& c, const Tile& tile, int64_t parts,
-                                          int64_t share, const OutputGradients& from, const void* x,
+                                          int64_t share, const OutputGradients& from,
                                           const WeightGradients& to, cudaStream_t stream);
 
 }  // namespace fastnas::cuda

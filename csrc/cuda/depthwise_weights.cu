@@ -26,7 +26,7 @@ struct Share {
 template <int K, int S, int D, typename T, typename Shared>
 __device__ inline void sum_taps(const Convolutions& c, const Tile& t, const Strides& from,
                                 const Strides& own, const Share& share, int i, int first_column,
-                                const T* g, const T* x, Shared& tile, acc_type<T>* partial) {
+                                const T* g, Shared& tile, acc_type<T>* partial) {
   using A = acc_type<T>;
   constexpr int kTaps = K * kColumns<K>;
   constexpr int pad = D * (K / 2);
@@ -37,6 +37,8 @@ __device__ inline void sum_taps(const Convolutions& c, const Tile& t, const Stri
   const int64_t begin = part * share.tiles, end = begin + share.tiles;
   const int64_t last = end < t.tiles() ? end : t.tiles();
   const Strip s = strip_of(t);
+  const int source = c.source_of(i);
+  const T* x = static_cast<const T*>(c.xs[source]);
   A sum[kTaps] = {};
   for (int64_t index = begin; index < last; ++index) {
     const Corner corner = corner_of(t, index, chunk);
@@ -53,7 +55,7 @@ __device__ inline void sum_taps(const Convolutions& c, const Tile& t, const Stri
     }
     __syncthreads();  // the one before has been read
     bring(c, t, from, corner,
-          {corner.y * S - pad, corner.x * S - pad, rows, columns, 0, H, W, true}, x, tile);
+          {corner.y * S - pad, corner.x * S - pad, rows, columns, 0, H, W, source}, x, tile);
     __syncthreads();
     if (!valid) continue;
     const int at = (s.image * rows + s.y * S) * row + s.x * S * pixel + s.lane;
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kWeightBlocksAtOnce<T, S, K>)
     tiled_weight_gradients_kernel(const __grid_constant__ Convolutions c,
                                   const __grid_constant__ Tile t, Strides from, Strides own,
                                   const __grid_constant__ Share share,
-                                  const __grid_constant__ OutputGradients gs, const T* x,
+                                  const __grid_constant__ OutputGradients gs,
                                   acc_type<T>* partial) {
   using A = acc_type<T>;
   FASTNAS_SHARED(A, tile, kTileBytes / sizeof(A));
@@ -101,17 +103,17 @@ __global__ void __launch_bounds__(kThreads, kWeightBlocksAtOnce<T, S, K>)
   const T* g = static_cast<const T*>(gs.gs[i]);
   const int first = static_cast<int>(blockIdx.z) * kColumns<K>;
   if constexpr (K == 1) {
-    sum_taps<1, S, 1>(c, t, from, own, share, i, first, g, x, tile, partial);
+    sum_taps<1, S, 1>(c, t, from, own, share, i, first, g, tile, partial);
   } else {
     with_dilation(c.dilation[i], [&](auto d) {
-      sum_taps<K, S, decltype(d)::value>(c, t, from, own, share, i, first, g, x, tile, partial);
+      sum_taps<K, S, decltype(d)::value>(c, t, from, own, share, i, first, g, tile, partial);
     });
   }
 }
 
 template <typename T, int K>
 cudaError_t sum_kernels(const Convolutions& c, const Tile& tile, Share share,
-                        const OutputGradients& from, const void* x, const WeightGradients& to,
+                        const OutputGradients& from, const WeightGradients& to,
                         cudaStream_t stream) {
   share.count = 0;
   for (int i = 0; i < c.count; ++i)
@@ -123,15 +125,14 @@ cudaError_t sum_kernels(const Convolutions& c, const Tile& tile, Share share,
   const auto kernel = c.stride == 1 ? tiled_weight_gradients_kernel<T, 1, K>
                                     : tiled_weight_gradients_kernel<T, 2, K>;
   FASTNAS_LAUNCH(kernel, grid, kThreads, stream, c, tile, strides_of(c, c.H, c.W),
-                 strides_of(c, c.oh, c.ow), share, from, static_cast<const T*>(x),
-                 static_cast<acc_type<T>*>(to.partial));
+                 strides_of(c, c.oh, c.ow), share, from, static_cast<acc_type<T>*>(to.partial));
   return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t launch_tiled_weight_gradients(const Convolutions& c, const Tile& tile, int64_t parts,
-                                          int64_t share, const OutputGradients& from, const void* x,
+                                          int64_t share, const OutputGradients& from,
                                           const WeightGradients& to, cudaStream_t stream) {
   if (!fits_grid(tile.chunks * parts)) return cudaErrorInvalidConfiguration;
   Share shared{};
@@ -139,10 +140,10 @@ cudaError_t launch_tiled_weight_gradients(const Convolutions& c, const Tile& til
   shared.tiles = share;
   return with_type(c.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    cudaError_t error = sum_kernels<T, 1>(c, tile, shared, from, x, to, stream);
-    if (!error) error = sum_kernels<T, 3>(c, tile, shared, from, x, to, stream);
-    if (!error) error = sum_kernels<T, 5>(c, tile, shared, from, x, to, stream);
-    if (!error) error = sum_kernels<T, 7>(c, tile, shared, from, x, to, stream);
+    cudaError_t error = sum_kernels<T, 1>(c, tile, shared, from, to, stream);
+    if (!error) error = sum_kernels<T, 3>(c, tile, shared, from, to, stream);
+    if (!error) error = sum_kernels<T, 5>(c, tile, shared, from, to, stream);
+    if (!error) error = sum_kernels<T, 7>(c, tile, shared, from, to, stream);
     return error;
   });
 }

@@ -73,6 +73,44 @@ __global__ void __launch_bounds__(kThreads, V == 8 ? 2 : 3)
       });
 }
 
+// grid: x tiles in turns, y operands.
+template <typename T, int V, bool kColumns>
+__global__ void __launch_bounds__(kThreads, V == 8 ? 2 : 3)
+    apart_gradients_kernel(const __grid_constant__ Plan plan,
+                           const __grid_constant__ ApartGradients args, int64_t tiles) {
+  using A = acc_type<T>;
+  const int k = static_cast<int>(blockIdx.y);
+  const T* g = static_cast<const T*>(args.gs[k]);
+  const T* x = static_cast<const T*>(args.xs[k]);
+  T* dx = static_cast<T*>(args.dxs[k]);
+  if (!dx) return;
+  for_each_tile<V, kColumns, kUnroll>(
+      plan, tiles, 1, [&](const Place(&at)[kUnroll], const bool(&valid)[kUnroll]) {
+        Operand<T, V> gradient[kUnroll], loaded[kUnroll] = {};
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          gradient[u] = load<T, V>(g + at[u].at);
+          if (x) loaded[u] = load<T, V>(x + at[u].at);
+        }
+        A a[V], b[V], c[V], out[V];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int64_t entry = k * plan.period + at[u].entry;
+          if (u == 0 || !kColumns) {  // in columns all u share them
+            load_entries<V, kColumns>(a, static_cast<const A*>(args.a) + entry);
+            load_entries<V, kColumns>(b, static_cast<const A*>(args.b) + entry);
+            load_entries<V, kColumns>(c, static_cast<const A*>(args.c) + entry);
+          }
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            out[v] = a[v] * gradient[u].acc(v);
+            if (x) out[v] += b[v] * loaded[u].acc(v) + c[v];
+          }
+          if (valid[u]) store<T, V>(dx + at[u].at, out);
+        }
+      });
+}
+
 }  // namespace
 
 cudaError_t launch_gradients(const Plan& plan, const Gradients& args, cudaStream_t stream) {
@@ -85,6 +123,21 @@ cudaError_t launch_gradients(const Plan& plan, const Gradients& args, cudaStream
         gradients_kernel<typename decltype(type)::type, decltype(vector)::value, kColumns>;
     const int64_t tiles = tiles_of<kColumns, kUnroll>(plan);
     FASTNAS_LAUNCH(kernel, grid_for(tiles), plan.threads(), stream, plan, args, tiles);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t launch_apart_gradients(const Plan& plan, const ApartGradients& args,
+                                   cudaStream_t stream) {
+  if (plan.elements == 0) return cudaSuccess;
+  return with_plan(plan, [&](auto type, auto vector, auto columns) {
+    constexpr bool kColumns = decltype(columns)::value;
+    const auto kernel =
+        apart_gradients_kernel<typename decltype(type)::type, decltype(vector)::value, kColumns>;
+    const int64_t tiles = tiles_of<kColumns, kUnroll>(plan);
+    const int64_t across = ceil_div(grid_for(tiles * args.K), args.K);
+    const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(args.K));
+    FASTNAS_LAUNCH(kernel, grid, plan.threads(), stream, plan, args, tiles);
     return cudaGetLastError();
   });
 }

@@ -67,6 +67,17 @@ struct Gradients {
 };
 cudaError_t launch_gradients(const Plan& plan, const Gradients& args, cudaStream_t stream);
 
+// The same for operands with gradients of their own: dx_k = a_k g_k + b_k x_k + c_k, all dense. Reads 2 K and writes K.
+struct ApartGradients {
+  const void* gs[kMaxOperands];
+  const void* xs[kMaxOperands];
+  void* dxs[kMaxOperands];
+  int K;
+  const void *a, *b, *c;  // [K][period]
+};
+cudaError_t launch_apart_gradients(const Plan& plan, const ApartGradients& args,
+                                   cudaStream_t stream);
+
 // out[k] = the sum of partial[k][0 .. count), both in the accumulator type (partial in double if `wide`), taken in
 // double.
 cudaError_t launch_fold(bool double_out, bool double_in, const void* partial, int64_t K,

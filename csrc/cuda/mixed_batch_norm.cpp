@@ -40,20 +40,17 @@ void* at_row(const at::Tensor& table, int64_t entries) {
              : nullptr;
 }
 
-NormArguments make_norms(const char* op, int64_t C, const at::Tensor& weights,
+NormArguments make_norms(const char* op, int64_t C, int64_t K, const at::Tensor& like,
                          at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
                          at::TensorList gammas, at::TensorList betas) {
-  const int64_t K = kinds.size();
-  TORCH_CHECK_VALUE(K <= kMaxOperands && weights.size(0) == K &&
+  TORCH_CHECK_VALUE(K <= kMaxOperands && static_cast<int64_t>(kinds.size()) == K &&
                         static_cast<int64_t>(eps.size()) == K &&
                         static_cast<int64_t>(affine.size()) == K && gammas.size() == betas.size(),
-                    op, ": expected kinds, eps and affine of one entry per input (",
-                    weights.size(0), "), but got ", K, ", ", eps.size(), " and ", affine.size());
+                    op, ": expected kinds, eps and affine of one entry per input (", K,
+                    "), but got ", kinds.size(), ", ", eps.size(), " and ", affine.size());
   NormArguments n{};
   n.norms.K = static_cast<int>(K);
-  n.like = weights;
-  n.kept.push_back(weights.contiguous());
-  n.norms.weights = {pointer(n.kept.back()), dtype_of(weights.scalar_type())};
+  n.like = like;
   for (int64_t k = 0; k < K; ++k) {
     TORCH_CHECK_VALUE(kinds[k] >= kPlain && kinds[k] <= kRunning, op,
                       ": expected kinds of 0, 1 or 2, but got ", kinds[k]);
@@ -70,18 +67,35 @@ NormArguments make_norms(const char* op, int64_t C, const at::Tensor& weights,
   return n;
 }
 
+NormArguments make_norms(const char* op, int64_t C, const at::Tensor& weights,
+                         at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
+                         at::TensorList gammas, at::TensorList betas) {
+  NormArguments n = make_norms(op, C, weights.size(0), weights, kinds, eps, affine, gammas, betas);
+  n.kept.push_back(weights.contiguous());
+  n.norms.weights = {pointer(n.kept.back()), dtype_of(weights.scalar_type())};
+  return n;
+}
+
 NormArguments make_source_norms(const char* op, const at::Tensor& x, const SourceNorm& norm,
                                 const OptionalTensor& mean, const OptionalTensor& var) {
   const int64_t C = x.size(1);
-  NormArguments n{};
-  n.norms.K = 1;
-  n.like = x;
-  n.norms.kinds[0] = static_cast<unsigned char>(norm.kind);
-  n.norms.eps[0] = norm.eps;
-  n.norms.affine_row[0] = -1;
-  if (norm.gamma) set_affine(op, C, n, 0, *norm.gamma, *norm.beta);
+  NormArguments n = make_norms(op, C, 1, x, {norm.kind}, {norm.eps}, {norm.gamma.has_value()},
+                               given(norm.gamma), given(norm.beta));
   add_running_statistics(op, C, n, given(mean), given(var));
   return n;
+}
+
+NormArguments by_statistics(const NormArguments& n, const at::Tensor& mean, const at::Tensor& var) {
+  NormArguments out = n;
+  const int64_t C = mean.size(-1);
+  const auto dtype = static_cast<unsigned char>(dtype_of(mean.scalar_type()));
+  for (int k = 0; k < n.norms.K; ++k) {
+    out.norms.kinds[k] = kRunning;
+    out.norms.mean[k] = at_row(mean, k * C);
+    out.norms.var[k] = at_row(var, k * C);
+    out.norms.mean_dtype[k] = out.norms.var_dtype[k] = dtype;
+  }
+  return out;
 }
 
 void add_running_statistics(const char* op, int64_t C, NormArguments& n, at::TensorList means,
@@ -140,13 +154,13 @@ Statistics batch_parts(const Plan& plan, const std::vector<at::Tensor>& operands
 }
 
 Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& operands,
-                              const NormArguments& n) {
+                              const NormArguments& n, bool apart) {
   const int64_t K = n.norms.K;
   const at::ScalarType acc = plan.dtype == Dtype::kDouble ? at::kDouble : at::kFloat;
   Coefficients out;
   out.mean = at::empty({K, plan.C}, n.like.options().dtype(acc));
   out.var = at::empty({K, plan.C}, n.like.options().dtype(acc));
-  out.table = scratch(plan.tables(K + 1), acc, n.like);
+  out.table = scratch(plan.tables(apart ? 2 * K : K + 1), acc, n.like);
   at::Tensor parts;
   const Plan shares = statistics_plan(plan, K);
   const Statistics statistics = batch_parts(shares, operands, n, parts);
@@ -156,7 +170,8 @@ Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& o
                             mutable_pointer(out.mean),
                             mutable_pointer(out.var),
                             at_row(out.table, 0),
-                            at_row(out.table, plan.tables(K))};
+                            at_row(out.table, plan.tables(K)),
+                            apart};
   C10_CUDA_CHECK(launch_normalise(shares, n.norms, normalise, stream_of(n.like)));
   return out;
 }

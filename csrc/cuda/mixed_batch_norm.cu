@@ -65,9 +65,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         norms.kinds[k] == kPlain ? 1.0 : gamma(norms, k, c) / sqrt(var + norms.eps[k]);
     offset[k] = norms.kinds[k] == kPlain ? 0.0 : w * (beta(norms, k, c) - scale * mean);
     for_each_entry(plan, c, [&](int64_t entry) {
-      static_cast<A*>(args.coef)[k * plan.period + entry] = static_cast<A>(w * scale);
+      const int64_t to = k * plan.period + entry;
+      static_cast<A*>(args.coef)[to] = static_cast<A>(w * scale);
+      if (args.apart) static_cast<A*>(args.bias)[to] = static_cast<A>(offset[k]);
     });
   }
+  if (args.apart) return;
   __syncthreads();
   if (threadIdx.x != 0) return;
   double sum = 0;
@@ -76,39 +79,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                  [&](int64_t entry) { static_cast<A*>(args.bias)[entry] = static_cast<A>(sum); });
 }
 
+// What one operand's norm makes of the sums of g and of g (x_k - mean_k) over channel c.
 template <typename A>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    norm_gradients_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Norms norms,
-                          const __grid_constant__ NormGradients args) {
-  FASTNAS_SHARED(double, sums, kMaxOperands + 1);  // sum g, then sum g (x_k - mean_k)
-  const int64_t c = blockIdx.x;
-  const int64_t parts = !args.partial ? 0
-                        : args.parts  ? args.parts
-                                      : plan.period / plan.C * plan.parts;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  const A* partial = static_cast<const A*>(args.partial);
-  if (args.parts) {  // of few sums with many parts: all threads on each
-    for (int j = 0; j <= norms.K; ++j) {
-      double sum[1] = {0};
-      for (int64_t i = thread; i < parts; i += kThreads)
-        sum[0] += static_cast<double>(partial[(j * plan.C + c) * parts + i]);
-      sum_over_rows(sum, thread, kThreads, 1);
-      if (thread == 0) sums[j] = sum[0];
-    }
-  } else {
-    for (int j = thread / 32; j <= norms.K; j += kWarps) {
-      double sum = 0;
-      for (int64_t i = lane; i < parts; i += 32)
-        sum += static_cast<double>(partial[part_of(plan, j, c, i)]);
-      sum = warp_sum(sum);
-      if (lane == 0) sums[j] = sum;
-    }
-  }
-  __syncthreads();
-  const int k = thread;
-  if (k >= norms.K) return;
-  const double total = sums[0], dot = sums[k + 1], w = weight(norms, k);
-  const double count = static_cast<double>(plan.values());
+__device__ inline void write_gradients(const Plan& plan, const Norms& norms,
+                                       const NormGradients& args, int k, int64_t c, double total,
+                                       double dot) {
+  const double w = weight(norms, k), count = static_cast<double>(plan.values());
   double a = w, b = 0, shift = 0, dw = dot;
   if (norms.kinds[k] != kPlain) {
     const double mean = static_cast<const A*>(args.mean)[k * plan.C + c];
@@ -134,6 +110,44 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   });
 }
 
+template <typename A>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    norm_gradients_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Norms norms,
+                          const __grid_constant__ NormGradients args) {
+  FASTNAS_SHARED(double, sums, kMaxOperands + 1);  // sum g, then sum g (x_k - mean_k)
+  const int64_t c = blockIdx.x;
+  const int64_t parts = args.partial ? plan.period / plan.C * plan.parts : 0;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const A* partial = static_cast<const A*>(args.partial);
+  for (int j = thread / 32; j <= norms.K; j += kWarps) {
+    double sum = 0;
+    for (int64_t i = lane; i < parts; i += 32)
+      sum += static_cast<double>(partial[part_of(plan, j, c, i)]);
+    sum = warp_sum(sum);
+    if (lane == 0) sums[j] = sum;
+  }
+  __syncthreads();
+  if (thread < norms.K) write_gradients<A>(plan, norms, args, thread, c, sums[0], sums[thread + 1]);
+}
+
+// grid: x channels, y operands. Sums are few and have many parts: all threads on each.
+template <typename A>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    apart_norm_gradients_kernel(const __grid_constant__ Plan plan,
+                                const __grid_constant__ Norms norms,
+                                const __grid_constant__ NormGradients args) {
+  const int64_t c = blockIdx.x, stride = plan.C * args.parts;
+  const int k = static_cast<int>(blockIdx.y), thread = static_cast<int>(threadIdx.x);
+  const A* partial = static_cast<const A*>(args.partial) + 2 * k * stride + c * args.parts;
+  double sums[2] = {0, 0};
+  for (int64_t i = thread; i < args.parts; i += kThreads) {
+    sums[0] += static_cast<double>(partial[i]);
+    sums[1] += static_cast<double>(partial[stride + i]);
+  }
+  sum_over_rows(sums, thread, kThreads, 1);
+  if (thread == 0) write_gradients<A>(plan, norms, args, k, c, sums[0], sums[1]);
+}
+
 }  // namespace
 
 cudaError_t launch_normalise(const Plan& plan, const Norms& norms, const Normalise& args,
@@ -150,9 +164,14 @@ cudaError_t launch_norm_gradients(const Plan& plan, const Norms& norms, const No
                                   cudaStream_t stream) {
   if (plan.C == 0) return cudaSuccess;
   if (!fits_grid(plan.C)) return cudaErrorInvalidConfiguration;
-  const auto kernel =
-      plan.dtype == Dtype::kDouble ? norm_gradients_kernel<double> : norm_gradients_kernel<float>;
-  FASTNAS_LAUNCH(kernel, static_cast<unsigned>(plan.C), kThreads, stream, plan, norms, args);
+  const bool wide = plan.dtype == Dtype::kDouble;
+  auto kernel = wide ? norm_gradients_kernel<double> : norm_gradients_kernel<float>;
+  dim3 grid(static_cast<unsigned>(plan.C));
+  if (args.parts) {
+    kernel = wide ? apart_norm_gradients_kernel<double> : apart_norm_gradients_kernel<float>;
+    grid.y = static_cast<unsigned>(norms.K);
+  }
+  FASTNAS_LAUNCH(kernel, grid, kThreads, stream, plan, norms, args);
   return cudaGetLastError();
 }
 

@@ -19,13 +19,21 @@ struct NormArguments {
   std::vector<at::Tensor> kept;
 };
 
+// Norms whose weights are 1. K inputs on the device of `like`.
+NormArguments make_norms(const char* op, int64_t C, int64_t K, const at::Tensor& like,
+                         at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
+                         at::TensorList gammas, at::TensorList betas);
+
 NormArguments make_norms(const char* op, int64_t C, const at::Tensor& weights,
                          at::IntArrayRef kinds, at::ArrayRef<double> eps, at::IntArrayRef affine,
                          at::TensorList gammas, at::TensorList betas);
 
-// The norm of one source, whose weight is 1. mean, var: running statistics, or those that a forward has found.
+// The norm of one source. mean, var: running statistics, or those that a forward has found.
 NormArguments make_source_norms(const char* op, const at::Tensor& x, const SourceNorm& norm,
                                 const OptionalTensor& mean, const OptionalTensor& var);
+
+// The same norms by the statistics of a forward, dense [K][C].
+NormArguments by_statistics(const NormArguments& n, const at::Tensor& mean, const at::Tensor& var);
 
 void add_running_statistics(const char* op, int64_t C, NormArguments& n, at::TensorList means,
                             at::TensorList vars);
@@ -42,12 +50,13 @@ Plan statistics_plan(const Plan& plan, int64_t K);
 Statistics batch_parts(const Plan& plan, const std::vector<at::Tensor>& operands,
                        const NormArguments& n, at::Tensor& parts);
 
-// Means and variances that are used, in the accumulator's dtype, and the tables of the sum: coef [K][period], then bias.
+// Means and variances that are used, in the accumulator's dtype, and the tables of the sum: coef [K][period], then bias;
+// apart, a bias for each operand.
 struct Coefficients {
   at::Tensor mean, var, table;
 };
 Coefficients mix_coefficients(const Plan& plan, const std::vector<at::Tensor>& operands,
-                              const NormArguments& n);
+                              const NormArguments& n, bool apart = false);
 
 // Where entry `entries` of a table is; null if it is empty.
 void* at_row(const at::Tensor& table, int64_t entries);

@@ -29,25 +29,28 @@ struct Norms {
 };
 
 // Merges the parts of the statistics into mean and biased variance, [K][C] (0 and 1 for plain operands), and makes the
-// tables of launch_combine: coef [K][period] and bias [period].
+// tables of launch_combine: coef [K][period] and bias [period], or, apart, [K][period]: each operand's own.
 struct Normalise {
   const double *count, *part_mean, *m2;  // as launch_statistics leaves them
   void *mean, *var;
   void *coef, *bias;
+  bool apart = false;
 };
 cudaError_t launch_normalise(const Plan& plan, const Norms& norms, const Normalise& args,
                              cudaStream_t stream);
 
 // Folds the parts of launch_dots (null: nothing was reduced, all sums are 0) and makes the tables of launch_gradients,
 // [K][period] each; dgamma and dbeta [affine rows][C]; dw [K][C] in double, to be summed over the channels (null: not
-// wanted).
+// wanted). Apart, every operand has a gradient g_k of its own.
 struct NormGradients {
   const void* partial;
   const void *mean, *var;  // [K][C]
   void *a, *b, *c;
   void *dgamma, *dbeta;
   double* dw;
-  int64_t parts = 0;  // of partial [K + 1][C][parts]; 0: [K + 1][period][parts of the plan]
+  // 0: partial is [K + 1][period][parts of the plan]. Else apart, [K][2][C][parts]: parts of sum g_k and of
+  // sum g_k (x_k - mean_k).
+  int64_t parts = 0;
 };
 cudaError_t launch_norm_gradients(const Plan& plan, const Norms& norms, const NormGradients& args,
                                   cudaStream_t stream);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Separable convolutions of one source, on CUDA: depthwise convolutions that normalise what they read, then the products
-// of all of them (products.h), or the library's pointwise convolutions where channels are many. What is between two
-// convolutions is computed again in the backward, so that nothing but x is kept.
+// Separable convolutions, on CUDA: depthwise convolutions that normalise what they read, then the products of all of them
+// (products.h), or the library's pointwise convolutions where channels are many. What is between two convolutions is
+// computed again in the backward, so that nothing but sources is kept.
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
@@ -11,9 +11,8 @@
 
 #include <algorithm>
 
-#include "../separable.h"
-#include "depthwise_host.h"
 #include "products_host.h"
+#include "separable_host.h"
 
 namespace fastnas::cuda {
 
@@ -77,6 +76,39 @@ PointwiseGradients pointwise_backward(const Depthwise& d, const std::vector<at::
 
 }  // namespace
 
+std::vector<at::Tensor> convolve_separably(Depthwise& d, at::TensorList pointwise) {
+  add_weights(d);
+  return cuda::pointwise(d, convolve(d), pointwise);
+}
+
+SeparableGradients separable_backward(Depthwise& d, const std::vector<at::Tensor>& gs,
+                                      at::IntArrayRef present, const NormArguments* norms,
+                                      const at::Tensor& mean, const at::Tensor& var,
+                                      at::TensorList pointwise, at::IntArrayRef need_xs,
+                                      at::IntArrayRef need_norms, at::IntArrayRef need_depthwise,
+                                      at::IntArrayRef need_pointwise) {
+  add_weights(d);
+  const bool need_hs = any_of(need_xs) || any_of(need_norms) || any_of(need_depthwise);
+  const std::vector<at::Tensor> all =
+      any_of(need_pointwise) ? convolve(d) : std::vector<at::Tensor>(d.group.size());
+  std::vector<at::Tensor> hs, weights;
+  std::vector<bool> need;
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (!present[i]) continue;
+    hs.push_back(all[i]);
+    weights.push_back(pointwise[i]);
+    need.push_back(need_pointwise[i] != 0);
+  }
+  const PointwiseGradients between = pointwise_backward(d, gs, hs, weights, need_hs, need);
+  SeparableGradients out;
+  for (size_t i = 0, j = 0; i < all.size(); ++i)  // with zeros for outputs that are absent
+    if (need_pointwise[i])
+      out.dpointwise.push_back(present[i] ? between.dweights[j++] : at::zeros_like(pointwise[i]));
+  out.source = source_backward(d, output_gradients(between.dhs, present), norms, mean, var, need_xs,
+                               need_norms, need_depthwise);
+  return out;
+}
+
 std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, std::vector<at::Tensor>>
 separable_group(const at::Tensor& x, int64_t kind, double eps, const OptionalTensor& gamma,
                 const OptionalTensor& beta, const OptionalTensor& running_mean,
@@ -96,18 +128,17 @@ separable_group(const at::Tensor& x, int64_t kind, double eps, const OptionalTen
   const c10::cuda::CUDAGuard guard(x.device());
   const at::MemoryFormat format = memory_format(x);
   Depthwise d =
-      make_depthwise(group, as_operand(x, x.scalar_type(), format), x, format, depthwise, true);
+      make_depthwise(group, {as_operand(x, x.scalar_type(), format)}, x, format, depthwise, true);
   Coefficients f;
   if (kind != 0) {
-    f = normalise_source(op, d, norm, running_mean, running_var);
+    f = normalise_sources(d, make_source_norms(op, x, norm, running_mean, running_var));
     f.mean = f.mean.view({-1});
     f.var = f.var.view({-1});
   } else {  // two tensors: outputs of an op do not share their memory
     f.mean = scratch(0, d.acc(), x);
     f.var = scratch(0, d.acc(), x);
   }
-  add_weights(d);
-  return {cuda::pointwise(d, convolve(d), pointwise), f.mean, f.var, {}};
+  return {convolve_separably(d, pointwise), f.mean, f.var, {}};
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor,
@@ -133,31 +164,26 @@ separable_group_backward(at::TensorList grads, at::IntArrayRef present, const at
   const at::ScalarType dtype = grads[0].scalar_type();
   const at::MemoryFormat format = memory_format(x);
   Depthwise d =
-      make_depthwise(group, as_operand(x, dtype, format), grads[0], format, depthwise, true);
+      make_depthwise(group, {as_operand(x, dtype, format)}, grads[0], format, depthwise, true);
+  const at::Tensor means = as_operand(mean, d.acc(), at::MemoryFormat::Contiguous).view({1, -1});
+  const at::Tensor vars = as_operand(var, d.acc(), at::MemoryFormat::Contiguous).view({1, -1});
+  std::optional<NormArguments> norms;
   Coefficients f;
-  if (kind != 0) f = normalise_source(op, d, {2, eps, gamma, beta}, mean, var);
-  add_weights(d);
-  const bool need_hs = need_x || need_norm || any_of(need_depthwise);
-  const std::vector<at::Tensor> all =
-      any_of(need_pointwise) ? convolve(d) : std::vector<at::Tensor>(depthwise.size());
-  const std::vector<at::Tensor> gs = as_operands(grads, dtype, format);
-  std::vector<at::Tensor> hs, weights;
-  std::vector<bool> need;
-  for (size_t i = 0; i < all.size(); ++i) {
-    if (!present[i]) continue;
-    hs.push_back(all[i]);
-    weights.push_back(pointwise[i]);
-    need.push_back(need_pointwise[i] != 0);
+  if (kind != 0) {
+    norms = make_source_norms(op, x, norm, means, vars);
+    f = normalise_sources(d, by_statistics(*norms, means, vars));
   }
-  const PointwiseGradients between = pointwise_backward(d, gs, hs, weights, need_hs, need);
-  std::vector<at::Tensor> dpointwise;  // with zeros for outputs that are absent
-  for (size_t i = 0, j = 0; i < all.size(); ++i)
-    if (need_pointwise[i])
-      dpointwise.push_back(present[i] ? between.dweights[j++] : at::zeros_like(pointwise[i]));
-  SourceGradients source = source_backward(op, d, output_gradients(between.dhs, present), norm,
-                                           mean, var, need_x, need_norm, need_depthwise);
-  return {source.dx,     source.dweights, dpointwise,
-          source.dgamma, source.dbeta,    at::empty({0, 4, x.size(1)}, source.dgamma.options())};
+  const SeparableGradients out = separable_backward(
+      d, as_operands(grads, dtype, format), present, norms ? &*norms : nullptr, means, vars,
+      pointwise, {need_x}, {need_norm}, need_depthwise, need_pointwise);
+  const SourceGradients& source = out.source;
+  const at::Tensor dx = need_x ? source.dxs[0] : at::empty({0}, d.like.options());
+  return {dx,
+          source.dweights,
+          out.dpointwise,
+          source.dgamma,
+          source.dbeta,
+          at::empty({0, 4, x.size(1)}, source.dgamma.options())};
 }
 
 }  // namespace fastnas::cuda

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,15 @@ from torch import Tensor
 
 from fastnas._extension import has_kernels
 from fastnas.ops import reference
-from fastnas.ops._carried import CARRIED, count_carriers, make_carriers, with_outputs
-from fastnas.ops._common import autocast_dtype, check_candidates, differentiate, memory_format
+from fastnas.ops._carried import CARRIED, WRITTEN, count_carriers, make_carriers, with_outputs
+from fastnas.ops._common import (
+    autocast_dtype,
+    check_candidates,
+    check_devices,
+    differentiate,
+    fake_like,
+    memory_format,
+)
 from fastnas.ops._mixed import split_tensors, used_statistics
 from fastnas.ops._norms import Norm, gather_norms, spread, update_running_statistics
 from fastnas.ops.depthwise_group import check_depthwise
@@ -34,10 +41,11 @@ def separable_each(
     """:func:`separable_group` of one convolution for each of several sources, in one call.
 
     Equivalent to ``[separable_group(x, [w], [p], [d], stride, norm, training)[0] for x, w, p, d,
-    norm in zip(xs, depthwise, pointwise, dilations, norms)]``, by the same kernels: the second
+    norm in zip(xs, depthwise, pointwise, dilations, norms)]``, the second
     halves of all separable convolutions (arXiv 1806.09055, section 3.1) that read one state. What
     is saved is the cost of a call, once for all instead of for each: autograd's, the checks, the
-    norms' bookkeeping.
+    norms' bookkeeping; and on CUDA the launches, which serve all sources at once where these are of
+    one dtype and memory format and no dilation is above 2.
 
     Args:
         xs: 1 to 64 tensors ``(N, C, H, W)`` of one shape.
@@ -125,18 +133,19 @@ class SeparableEach(torch.autograd.Function):
         # One parameter for all: without gradients, torch.compile would take the first argument for
         # ctx where there are as many arguments as parameters.
         ctx, kinds, eps, affine, dilations, stride, carriers, given, *tensors = arguments
-        known: Sequence[Tensor | None] = tensors[:given] if given else [None] * len(kinds)
-        tensors = tensors[given:]
-        arguments = kinds, eps, affine, dilations, stride, tensors
+        known, tensors = tensors[:given], tensors[given:]
+        xs, gammas, betas, means, variances = split_tensors(kinds, affine, tensors)
+        weights = tensors[-2 * len(kinds) :]
+        depthwise, pointwise = weights[: len(kinds)], weights[len(kinds) :]
         if has_kernels(tensors[0].device.type):
-            more = [(carrier, carriers > 0) for carrier in known]
-            ys, mean, var, made = _each(torch.ops.fastnas.separable_group, *arguments, more)
+            ys, mean, var, made = torch.ops.fastnas.separable_each(
+                xs, kinds, eps, affine, gammas, betas, means, variances, depthwise, pointwise,
+                dilations, stride, known, carriers > 0,
+            )  # fmt: skip
         else:
-            ys, mean, var, _ = _each(reference.separable_group, *arguments)
+            ys, mean, var = _composite(kinds, eps, affine, dilations, stride, tensors)
             made = make_carriers(ys[:carriers])
         # Not the running statistics: a training step may move them before the backward.
-        xs, gammas, betas, *_ = split_tensors(kinds, affine, tensors)
-        weights = tensors[-2 * len(kinds) :]
         ctx.save_for_backward(mean, var, *xs, *gammas, *betas, *weights, *ys[:carriers])
         ctx.carriers, ctx.given, ctx.alone = carriers, given, True
         ctx.kinds, ctx.eps, ctx.affine = kinds, eps, affine
@@ -157,110 +166,110 @@ class SeparableEach(torch.autograd.Function):
         need = ctx.needs_input_grad[front:]
         head = count + 2 * sum(affine)  # before the running statistics
         need = [*need[:head], *need[head + len(unused) :]]
-        given = [g for g in grads[:count] if g is not None]
-        if not given or not any(need):
+        needs = _columns(affine, need)
+        chosen = [k for k in range(count) if grads[k] is not None and any(c[k] for c in needs)]
+        if not chosen:
             return (None,) * len(ctx.needs_input_grad)
-        numbers: list[Tensor | None] = [None] * ctx.given
+        numbers: list[Tensor | None] = [None] * count
+        given = [g for g in grads[:count] if g is not None]
         if torch.is_grad_enabled() or not has_kernels(given[0].device.type):
             ctx.alone = False  # the derivative of what follows reads xs as well
             statistics = used_statistics(kinds, mean, var)
 
             def composite(*t: Tensor) -> list[Tensor]:
                 flat = [*t[:head], *statistics, *t[head:]]
-                convolve, tail = reference.separable_group, (ctx.dilations, ctx.stride)
-                ys, *_ = _each(convolve, kinds, ctx.eps, affine, *tail, flat)
+                ys, *_ = _composite(kinds, ctx.eps, affine, ctx.dilations, ctx.stride, flat)
                 return [y for y, g in zip(ys, grads, strict=False) if g is not None]
 
             found = list(differentiate(composite, tensors, need, given))
         else:
-            came = grads[count + 2 :] if ctx.carriers else [None] * count
-            rows = zip(
-                zip(grads, came, ys if ctx.carriers else came, strict=False),
-                mean.unbind(0), var.unbind(0), kinds, ctx.eps, ctx.dilations,
-                _columns(affine, tensors), _columns(affine, need), strict=False,
-            )  # fmt: skip
-            # Lists and loops: torch.compile stumbles over generators within generators.
-            carry = ctx.given > 0 and ctx.alone
-            columns = list(
-                zip(
-                    *[_gradients(*row, stride=ctx.stride, carry=carry) for row in rows], strict=True
-                )
-            )
-            numbers = list(columns.pop())[: ctx.given]
+            came = grads[count + 2 :] if ctx.carriers else ()
+            columns, numbers = _gradients(ctx, chosen, grads, came, ys, mean, var, tensors, needs)
             every = (True,) * count
             # Without the places of affine parameters that there are not.
             present = (every, affine, affine, every, every)
             found = []
             for column, has in zip(columns, present, strict=True):
                 found += [t for t, there in zip(column, has, strict=True) if there]
-        return (*(None,) * 7, *numbers, *found[:head], *unused, *found[head:])
+        return (*(None,) * 7, *numbers[: ctx.given], *found[:head], *unused, *found[head:])
 
 
-def _columns(affine: Sequence[bool], items: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """For each source its x, gamma, beta, depthwise and pointwise weight, None for what is not."""
+def _columns(affine: Sequence[bool], items: Sequence[Any]) -> list[list[Any]]:
+    """For all sources x, gamma, beta, depthwise and pointwise weight, None for what is not."""
     count, rows = len(affine), sum(affine)
     xs, items = items[:count], items[count:]
     scales, shifts, items = items[:rows], items[rows : 2 * rows], items[2 * rows :]
-    return zip(
-        xs, spread(affine, scales), spread(affine, shifts), items[:count], items[count:],
-        strict=True,
-    )  # fmt: skip
+    weights = list(items[:count]), list(items[count:])
+    return [list(xs), spread(affine, scales), spread(affine, shifts), *weights]
 
 
 def _gradients(
-    came: tuple[Tensor | None, ...],
+    ctx: Any,
+    chosen: Sequence[int],
+    grads: Sequence[Tensor | None],
+    came: Sequence[Tensor | None],
+    ys: Sequence[Tensor],
     mean: Tensor,
     var: Tensor,
-    kind: int,
-    eps: float,
-    dilation: int,
     tensors: Sequence[Tensor],
-    need: Sequence[bool | None],
-    *,
-    stride: int,
-    carry: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of one source's tensors, as many as it has, and of its carrier; None for no need.
+    needs: Sequence[Sequence[bool | None]],
+) -> tuple[list[list[Tensor | None]], list[Tensor | None]]:
+    """Gradients as ``_columns`` has their tensors, and of the carriers; None for no need.
 
-    ``came``: the gradients of its output and of that one's carrier, and the output.
+    ``chosen``: the sources whose outputs have a gradient that is needed; ``came``: the gradients of
+    the outputs' carriers, if there are any.
     """
-    grad, number, y = came
-    if grad is None or not any(need):
-        return (None,) * 6
-    carry = carry and kind == BATCH  # or a NaN in x would count, where only the gradient does
-    x, scale, shift, depthwise, pointwise = tensors
-    need_x, need_scale, need_shift, need_depthwise, need_pointwise = map(bool, need)
-    carried = with_outputs([number], [x if y is None else y])
-    dx, dws, dps, dscale, dshift, numbers = torch.ops.fastnas.separable_group_backward(
-        [grad.contiguous(memory_format=memory_format(x))], [True], x, mean, var, kind, eps, scale,
-        shift, [depthwise], [pointwise], [dilation], stride,
-        CARRIED if need_x and carry else int(need_x), need_scale or need_shift,
-        [need_depthwise], [need_pointwise], *carried,
+    count = len(ctx.kinds)
+    xs, scales, shifts, depthwise, pointwise = _columns(ctx.affine, tensors)
+    carry = ctx.given > 0 and ctx.alone
+    ways, gs = [], []
+    for k in chosen:
+        # By other statistics a NaN in x would count, where only the gradient does.
+        way = CARRIED if carry and ctx.kinds[k] == BATCH else WRITTEN
+        ways.append(way if needs[0][k] else 0)
+        grad: Any = grads[k]
+        gs.append(grad.contiguous(memory_format=memory_format(xs[k])))
+    if len(chosen) < count:  # not by an index that would have to be brought to the device
+        mean, var = (torch.stack([t[k] for k in chosen]) for t in (mean, var))
+    affine = [ctx.affine[k] for k in chosen]
+    rows = [k for k in chosen if ctx.affine[k]]
+    carried = with_outputs(_of(chosen, came), _of(chosen, ys)) if came else ([], [])
+    dxs, dws, dps, dgamma, dbeta, numbers = torch.ops.fastnas.separable_each_backward(
+        gs, _of(chosen, xs), mean, var, _of(chosen, ctx.kinds), _of(chosen, ctx.eps), affine,
+        _of(rows, scales), _of(rows, shifts), _of(chosen, depthwise), _of(chosen, pointwise),
+        _of(chosen, ctx.dilations), ctx.stride, ways,
+        [bool(needs[1][k] or needs[2][k]) for k in chosen],
+        [bool(needs[3][k]) for k in chosen], [bool(needs[4][k]) for k in chosen], *carried,
     )  # fmt: skip
-    return (
-        dx if need_x else None,
-        dscale.view(-1).to(scale.dtype) if need_scale else None,
-        dshift.view(-1).to(shift.dtype) if need_shift else None,
-        dws[0] if need_depthwise else None,
-        dps[0] if need_pointwise else None,
-        numbers[0] if need_x and carry else None,
-    )
+    found: list[list[Tensor | None]] = [[None] * count for _ in needs]
+    for column, results in ((0, dxs), (3, dws), (4, dps)):
+        wanted = [k for k in chosen if needs[column][k]]
+        for k, result in zip(wanted, results, strict=True):
+            found[column][k] = result
+    for column, table, parameters in ((1, dgamma, scales), (2, dbeta, shifts)):
+        for k, row in zip(rows, table.unbind(0), strict=False):  # no rows where no source needs one
+            if needs[column][k]:
+                found[column][k] = row.to(parameters[k].dtype)
+    sent: list[Tensor | None] = [None] * count
+    carriers = [k for k, way in zip(chosen, ways, strict=True) if way == CARRIED]
+    for k, number in zip(carriers, numbers.unbind(0), strict=True):
+        sent[k] = number
+    return found, sent
 
 
-def _each(
-    convolve: Callable[..., Any],
+def _of(chosen: Sequence[int], items: Sequence[Any]) -> list[Any]:
+    return [items[k] for k in chosen]
+
+
+def _composite(
     kinds: Sequence[int],
     eps: Sequence[float],
     affine: Sequence[bool],
     dilations: Sequence[int],
     stride: int,
     tensors: Sequence[Tensor],
-    more: Sequence[tuple[Any, ...]] = (),
-) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
-    """The forward from the flat list of tensors: outputs, statistics that were used, and carriers.
-
-    ``convolve`` is a ``separable_group``, ``more`` what it takes besides, for each source.
-    """
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The forward from the flat list of tensors, by the reference: outputs and statistics used."""
     xs, gammas, betas, means, variances = split_tensors(kinds, affine, tensors)
     count, running = len(kinds), [kind == RUNNING for kind in kinds]
     depthwise, pointwise = tensors[-2 * count : -count], tensors[-count:]
@@ -268,12 +277,75 @@ def _each(
         xs, kinds, eps, spread(affine, gammas), spread(affine, betas), spread(running, means),
         spread(running, variances), strict=True,
     )  # fmt: skip
+    convolve: Any = reference.separable_group
     found = [
-        convolve(
-            *row, [depthwise[k]], [pointwise[k]], [dilations[k]], stride, *(more[k] if more else ())
-        )
+        convolve(*row, [depthwise[k]], [pointwise[k]], [dilations[k]], stride)
         for k, row in enumerate(rows)
     ]
     mean, var = torch.stack([each[1] for each in found]), torch.stack([each[2] for each in found])
-    made = [carrier for each in found for carriers in each[3:] for carrier in carriers]
-    return [each[0][0] for each in found], mean, var, made
+    return [each[0][0] for each in found], mean, var
+
+
+@torch.library.register_fake("fastnas::separable_each")
+def _(
+    xs: list[Tensor],
+    kinds: list[int],
+    eps: list[float],
+    affine: list[bool],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    depthwise: list[Tensor],
+    pointwise: list[Tensor],
+    dilations: list[int],
+    stride: int,
+    carriers: list[Tensor],
+    carry: bool,
+) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
+    tensors = (*gammas, *betas, *running_means, *running_vars, *carriers, *depthwise, *pointwise)
+    check_devices(_OP, *xs, *tensors)
+    n, c, *space = xs[0].shape
+    shape = (n, c, *((size + stride - 1) // stride for size in space))
+    ys = [fake_like(x, x.dtype, shape) for x in xs]
+    dtype = reference.accumulate_dtype(reference.result_dtype(xs))
+    mean = xs[0].new_empty(len(xs), c, dtype=dtype)
+    made = [mean.new_empty(4, c) for _ in xs] if carry else []
+    return ys, mean, torch.empty_like(mean), made
+
+
+@torch.library.register_fake("fastnas::separable_each_backward")
+def _(
+    grads: list[Tensor],
+    xs: list[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    kinds: list[int],
+    eps: list[float],
+    affine: list[bool],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    depthwise: list[Tensor],
+    pointwise: list[Tensor],
+    dilations: list[int],
+    stride: int,
+    need_xs: list[int],
+    need_norms: list[bool],
+    need_depthwise: list[bool],
+    need_pointwise: list[bool],
+    outputs: list[Tensor],
+    carried: list[Tensor],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+    tensors = (mean, var, *gammas, *betas, *depthwise, *pointwise, *outputs, *carried)
+    check_devices(f"{_OP}_backward", *grads, *xs, *tensors)
+    pairs = zip(xs, grads, need_xs, strict=True)
+    dxs = [fake_like(x, g.dtype) for x, g, need in pairs if need]
+    ddepthwise, dpointwise = (
+        [w.new_empty(w.shape) for w, need in zip(weights, needs, strict=True) if need]
+        for weights, needs in ((depthwise, need_depthwise), (pointwise, need_pointwise))
+    )
+    dtype, c = reference.accumulate_dtype(reference.result_dtype(grads)), xs[0].shape[1]
+    rows = len(gammas) if any(need_xs) or any(need_norms) else 0
+    dgamma = mean.new_empty(rows, c, dtype=dtype)
+    numbers = dgamma.new_empty(list(need_xs).count(CARRIED), 4, c)
+    return dxs, ddepthwise, dpointwise, dgamma, torch.empty_like(dgamma), numbers
