@@ -9,7 +9,7 @@ from proxyless_tiny import OPTIONS, alphas, batch, learned, moment
 from torch import nn
 
 from fastnas.methods import Proxyless, ProxylessOptions
-from fastnas.methods.base import ArchParameters
+from fastnas.methods.parameters import ArchParameters
 from fastnas.nn.gated import frozen_statistics
 from fastnas.nn.gates import draw_gates
 from fastnas.spaces import CellGates, mbconv

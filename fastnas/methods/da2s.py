@@ -24,18 +24,12 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from fastnas.methods.base import (
-    ArchParameters,
-    Method,
-    MethodOptions,
-    Moment,
-    normal_logits,
-    register_method,
-)
+from fastnas.methods.base import Method, MethodOptions, Moment, register_method
 from fastnas.methods.continuation import ContinuationName, continuation
 from fastnas.methods.edge_target import EdgeGroup, EdgeTarget
 from fastnas.methods.learner import Batch, Learner, Outcome
 from fastnas.methods.optimizers import set_rate
+from fastnas.methods.parameters import ArchParameters, normal_logits
 from fastnas.methods.target import CostTerm
 from fastnas.spaces.base import CellSpec, CellWeights, Space
 

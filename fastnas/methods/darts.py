@@ -15,15 +15,9 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from fastnas.methods.base import (
-    ArchParameters,
-    Method,
-    MethodOptions,
-    Moment,
-    normal_logits,
-    register_method,
-)
+from fastnas.methods.base import Method, MethodOptions, Moment, register_method
 from fastnas.methods.learner import Batch, Learner, Outcome, preserved
+from fastnas.methods.parameters import ArchParameters, normal_logits
 from fastnas.spaces.base import CellWeights, Weighting
 
 

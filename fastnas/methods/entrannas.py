@@ -21,14 +21,10 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from fastnas.methods.base import (
-    ArchParameters,
-    MethodOptions,
-    Moment,
-    register_method,
-)
+from fastnas.methods.base import MethodOptions, Moment, register_method
 from fastnas.methods.darts import Darts, DartsOptions
 from fastnas.methods.learner import Batch, Learner, Outcome
+from fastnas.methods.parameters import ArchParameters
 from fastnas.methods.target import CostTerm
 from fastnas.spaces.base import (
     CellRoles,

@@ -15,14 +15,9 @@ import torch
 from torch import Tensor
 
 from fastnas import ops
-from fastnas.methods.base import (
-    ArchParameters,
-    MethodOptions,
-    Moment,
-    normal_logits,
-    register_method,
-)
+from fastnas.methods.base import MethodOptions, Moment, register_method
 from fastnas.methods.entrannas import PRESETS, EngineAndTransit, EngineOptions
+from fastnas.methods.parameters import ArchParameters, normal_logits
 from fastnas.spaces.base import (
     CellRoles,
     CellSelection,

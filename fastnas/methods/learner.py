@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastnas.methods.base import ArchParameters, Method, Moment
+from fastnas.methods.base import Method, Moment
 from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_state, set_rate
+from fastnas.methods.parameters import ArchParameters
 from fastnas.spaces.base import Weighting
 
 Batch = tuple[Tensor, Tensor]

@@ -17,15 +17,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from fastnas.methods.base import (
-    ArchParameters,
-    MethodOptions,
-    Moment,
-    normal_logits,
-    register_method,
-    softmax_per_node,
-)
+from fastnas.methods.base import MethodOptions, Moment, register_method
 from fastnas.methods.darts import Darts, DartsOptions
+from fastnas.methods.parameters import ArchParameters, normal_logits, softmax_per_node
 from fastnas.spaces.base import CellWeights
 
 

@@ -16,15 +16,9 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from fastnas.methods.base import (
-    ArchParameters,
-    Method,
-    MethodOptions,
-    Moment,
-    normal_logits,
-    register_method,
-)
+from fastnas.methods.base import Method, MethodOptions, Moment, register_method
 from fastnas.methods.learner import Batch, Learner, Outcome, frozen, parameters_of
+from fastnas.methods.parameters import ArchParameters, normal_logits
 from fastnas.methods.reinforce import Baseline, BaselineRule, reinforce_step
 from fastnas.nn.gated import frozen_statistics
 from fastnas.nn.gates import Gate, Gates, Paths, draw_gates, rescale
