@@ -198,3 +198,41 @@ def test_defaults_of_an_old_run_go_on(tmp_path):
     write_json(tmp_path / "config.json", begun.to_dict())
     wanted = replace(begun, resume=True)
     assert search_command._config(["--resume", "--out", str(tmp_path)]) == wanted
+
+
+@pytest.fixture
+def tiny_space():
+    with tiny.registered():
+        yield
+
+
+def test_a_size_that_the_given_images_do_not_have(tiny_space):
+    """Images from Python are taken as they are, whatever their size."""
+    config = tiny.config("darts", image_size=16)
+    message = r"image_size: 16 does nothing here: expected None or 8, .* data are 8 x 8 pixels"
+    with pytest.raises(ValueError, match=message):
+        Search(config, data=tiny.images(), progress=Progress())
+    with pytest.raises(ValueError, match=message):
+        Evaluation(EvaluateConfig("DARTS_V1", image_size=16, out=None), data=tiny.images())
+    with pytest.raises(ValueError, match=r"image_size: 8 does nothing here: expected None or 16"):
+        Search(replace(config, image_size=8), data=tiny.images(size=16), progress=Progress())
+    Search(replace(config, image_size=8), data=tiny.images(), progress=Progress())
+    Search(config, data=tiny.images().pad_to(16), progress=Progress())
+
+
+def test_no_size_is_that_of_images_that_are_not_square(tiny_space):
+    square = tiny.images()
+    low = replace(
+        square, train_images=square.train_images[:, :, :4], test_images=square.test_images[:, :, :4]
+    )
+    message = "expected None, for the images in data are 4 x 8 pixels"
+    with pytest.raises(ValueError, match=message):
+        Search(tiny.config("darts", image_size=8), data=low, progress=Progress())
+
+
+def test_a_run_with_such_a_size_goes_on(tmp_path, monkeypatch, tiny_space):
+    config = tiny.config(epochs=1, out=str(tmp_path / "run"), image_size=16, gap=False)
+    with monkeypatch.context() as before:
+        before.setattr(loop, "with_data", lambda config, data: replace(config, data=data.name))
+        tiny.run(config)
+    assert Search(replace(config, resume=True), data=tiny.images(), progress=Progress()).over

@@ -10,7 +10,6 @@ done, bit for bit on a CPU.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +33,7 @@ from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_
 from fastnas.search.assembly import cut_batches, lay_out, noise_batch
 from fastnas.search.checkpoint import RandomState, save_checkpoint
 from fastnas.search.files import write_json, write_text
+from fastnas.search.idle import with_data
 from fastnas.search.layout import Step
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.resumable import Resumable, data_identity
@@ -53,7 +53,7 @@ class Evaluation(Resumable):
         config: everything that decides how it goes.
         genotype: architecture to train instead of the one ``config.source`` names, or a
             :class:`GenotypeSource`, where it is to be of a space with another's genotypes.
-        data: images to use instead of ``config.data``.
+        data: images to use instead of ``config.data``, as they are.
         progress: told what happens; lines of text on standard output by default.
 
     Attributes:
@@ -91,7 +91,7 @@ class Evaluation(Resumable):
         else:
             self.source = GenotypeSource(genotype, space_of(genotype), "genotype")
         if data is not None:
-            config = dataclasses.replace(config, data=data.name)
+            config = with_data(config, data)
         self.config = config = config.resolve(self.source)
         self.progress = TextProgress() if progress is None else progress
         super().__init__(config.to_dict(), config.out, config.resume)

@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from fastnas.data.interface import Data
 from fastnas.methods import METHODS
 from fastnas.search.config import CELL_FIELDS, PRESETS, SearchConfig
 from fastnas.spaces import SPACES, Space, get_space
 
-__all__ = ["idle_options", "refuse_idle", "refuse_idle_values"]
+__all__ = ["idle_options", "refuse_idle", "refuse_idle_values", "with_data"]
+
+C = TypeVar("C")
 
 
 def idle_options(config: SearchConfig) -> dict[str, str]:
@@ -89,3 +92,28 @@ def refuse_idle(part: Any, idle: Mapping[str, str], presets: Sequence[Mapping[st
             raise ValueError(
                 f"{field.name}: {value!r} does nothing here: expected {idle[field.name]}"
             )
+
+
+def with_data(config: C, data: Data) -> C:
+    """The configuration of a run on images that the caller gives, by their name.
+
+    They are taken as they are: only images that the run loads itself are brought to a size. A size
+    that they do not have is refused also where a preset says it, for it stands in the record of the
+    run. A run that goes on is left as it was begun.
+
+    Args:
+        config: of a search or of an evaluation.
+        data: the images.
+
+    Raises:
+        ValueError: ``image_size`` is not that of the images.
+    """
+    run: Any = config
+    size, (height, width) = run.image_size, data.image_size
+    if not run.resume and size is not None and (height, width) != (size, size):
+        wanted = f"None or {height}" if height == width else "None"
+        raise ValueError(
+            f"image_size: {size} does nothing here: expected {wanted}, for the images in data are "
+            f"{height} x {width} pixels and are taken as they are"
+        )
+    return dataclasses.replace(run, data=data.name)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -28,7 +27,7 @@ from fastnas.search.collapse import observe
 from fastnas.search.config import RUNTIME_FIELDS, SearchConfig
 from fastnas.search.files import write_text
 from fastnas.search.gap import BN_BATCHES, Gap, measure_gap
-from fastnas.search.idle import refuse_idle_values
+from fastnas.search.idle import refuse_idle_values, with_data
 from fastnas.search.layout import Step
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.progress import Progress, StepReport, TextProgress
@@ -45,7 +44,7 @@ class Search(Resumable):
 
     Args:
         config: everything that decides how it goes.
-        data: images to use instead of ``config.data``.
+        data: images to use instead of ``config.data``, as they are.
         progress: told what happens; lines of text on standard output by default.
 
     Attributes:
@@ -72,7 +71,7 @@ class Search(Resumable):
         self, config: SearchConfig, *, data: Data | None = None, progress: Progress | None = None
     ) -> None:
         if data is not None:
-            config = replace(config, data=data.name)
+            config = with_data(config, data)
         self.config = config
         if not config.resume:
             refuse_idle_values(config)
