@@ -127,6 +127,15 @@ class Method(abc.ABC):
         return {}
 
     @classmethod
+    def frozen(cls, config: Any, steps_per_epoch: int) -> str | None:
+        """What of the architecture is not trained in so short a search, and which option helps.
+
+        Of the epochs in which the weights alone are trained in all methods the search itself
+        tells. None where nothing is left out.
+        """
+        return None
+
+    @classmethod
     def supernet_options(cls, options: MethodOptions) -> dict[str, Any]:
         """Keyword arguments the method adds when the supernet is built."""
         return {}

@@ -204,6 +204,19 @@ class DA2S(Method):
         return idle
 
     @classmethod
+    def frozen(cls, config: Any, steps_per_epoch: int) -> str | None:
+        """The alphas, where the search ends before they may move."""
+        epochs, rest = config.epochs, config.options.alpha_warmup_epochs
+        if epochs > rest:
+            return None
+        return (
+            f"the alphas take no step: --alpha-warmup-epochs {rest} leaves every epoch (--epochs "
+            f"{epochs}) to the weights and the betas, and the candidates of the genotype are read "
+            f"off the initial alphas; try --epochs above {rest}, or --alpha-warmup-epochs below "
+            f"{epochs}"
+        )
+
+    @classmethod
     def supernet_options(cls, options: MethodOptions) -> dict[str, Any]:
         """Edges without `none`: here a weight of the edge says that it is not needed."""
         return {"none": False, "partial_channels": cast(DA2SOptions, options).partial_channels}

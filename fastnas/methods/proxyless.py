@@ -179,6 +179,17 @@ class Proxyless(Method):
             idle["rl_exponent"] = "a target as well, but got None"
         return idle
 
+    @classmethod
+    def frozen(cls, config: Any, steps_per_epoch: int) -> str | None:
+        """All of it, where an epoch is over before it is time for a step."""
+        if (o := config.options).estimator == "reinforce" or o.arch_every <= steps_per_epoch:
+            return None
+        return (
+            f"the architecture takes no step: one is made after every {o.arch_every} iterations of "
+            f"an epoch (--arch-every), which has {steps_per_epoch}, and the genotype is read off "
+            f"the initial logits; try --arch-every {steps_per_epoch} or less"
+        )
+
     def parameters(self) -> ArchParameters:
         """Alphas drawn from N(0, 1e-6), a parameter for each edge."""
         return ArchParameters(

@@ -26,6 +26,7 @@ from fastnas.search.checkpoint import RandomState
 from fastnas.search.collapse import observe
 from fastnas.search.config import RUNTIME_FIELDS, SearchConfig
 from fastnas.search.files import write_text
+from fastnas.search.frozen import frozen_architecture
 from fastnas.search.gap import BN_BATCHES, Gap, measure_gap
 from fastnas.search.idle import refuse_idle_values, with_data
 from fastnas.search.layout import Step
@@ -176,6 +177,8 @@ class Search(Resumable):
             self._tell(self.progress.start, self)
             for cut in cut_batches(self.config.batch_size, self.halves.trained):
                 self._tell(self.progress.note, cut)
+            if frozen := frozen_architecture(self.config, self.steps_per_epoch):
+                self._tell(self.progress.warning, frozen)
             self._choose_layout()
             while not self.over:
                 self._obey()

@@ -60,7 +60,10 @@ class Progress:
         """An epoch is over: its line of ``metrics.jsonl``, and the genotype as of now."""
 
     def warning(self, text: str) -> None:
-        """Something that was seen in the epoch that is over, and which option may help."""
+        """Something to worry about, and which option may help.
+
+        It was seen in the epoch that is over, or is known before the first one.
+        """
 
     def end(self, result: SearchResult) -> None:
         """The search is over."""
