@@ -243,6 +243,9 @@ def _update(updates: Updates, mean: Tensor, var: Tensor, count: int) -> None:
         return
     for k, running_mean, running_var, counter, momentum in zip(*updates, strict=True):
         for running, new in ((running_mean, mean[k]), (running_var, unbiased[k])):
+            # In the wider dtype: half precision does not hold every variance that its average is
+            # moved by.
+            dtype = torch.promote_types(running.dtype, new.dtype)
             factor: Any = momentum
             if factor is None and counter is None:
                 continue  # torch takes a factor of 0 for a cumulative average without a counter
@@ -250,8 +253,9 @@ def _update(updates: Updates, mean: Tensor, var: Tensor, count: int) -> None:
                 # A cumulative average: the factor stays a tensor, reading it would wait for the
                 # device.
                 assert counter is not None
-                factor = counter.to(running.dtype).reciprocal()
-            running.lerp_(new.to(running.dtype), factor)
+                factor = counter.to(dtype).reciprocal()
+            # No lerp: by a difference, an infinity would become NaN in the next step.
+            running.copy_(running.to(dtype) * (1 - factor) + new.to(dtype) * factor)
 
 
 @torch.library.register_fake("fastnas::update_running_statistics")
