@@ -154,9 +154,7 @@ def accelerate(model: nn.Module, *, cells: bool = True) -> Report:
     * calls from outside the model's classes by other keywords than ``x`` and ``weights``,
     * ``isinstance`` with the class of the original, and Python references to it other than its
       place in the tree: these keep the original, which works on the same parameters,
-    * the class of a cell where it is compared by identity: it is a subclass now,
-    * the second step of running statistics that a checkpoint without reentry
-      (``torch.utils.checkpoint``) takes when it computes a cell again: it may stop before.
+    * the class of a cell where it is compared by identity: it is a subclass now.
 
     Accelerate before ``torch.compile``: what is compiled already is left.
 

@@ -181,7 +181,6 @@ def spread(affine: Sequence[bool], present: Sequence[Tensor]) -> list[Tensor | N
     return [next(items) if has else None for has in affine]
 
 
-@torch.no_grad()
 def update_running_statistics(
     updates: Updates | None, mean: Tensor, var: Tensor, count: int
 ) -> None:
@@ -195,6 +194,12 @@ def update_running_statistics(
     """
     if updates is None:
         return
+    with torch.no_grad():
+        _step(updates, mean, var, count)
+    _save_something()
+
+
+def _step(updates: Updates, mean: Tensor, var: Tensor, count: int) -> None:
     distinct = len(set(map(id, updates.means))) == len(updates.means)
     if distinct and _update_plain(updates, mean, var, count):
         return
@@ -204,6 +209,20 @@ def update_running_statistics(
     for part in _one_by_one(updates) if alone else (updates,):
         if not _update_plain(part, mean, var, count):
             _update(part, mean, var, count)
+
+
+def _save_something() -> None:
+    """Save a number, for a backward that never comes, where somebody follows what is saved.
+
+    A checkpoint without reentry (``torch.utils.checkpoint``) computes a function again up to the
+    last tensor that was saved, and no further. BatchNorm moves its statistics before it saves
+    anything; ours move when the op has saved its tensors, and would be left out there.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        # Of sin it is the input, a leaf: an output in the hands of a hook would keep itself alive.
+        torch.zeros((), device="cpu", requires_grad=True).sin()
 
 
 def _one_by_one(updates: Updates) -> Iterator[Updates]:
