@@ -204,7 +204,10 @@ def layout_after(view):
 
 
 def saved_by(function):
-    """Result of ``function`` and the addresses of all non-empty tensors it kept for backward."""
+    """Result of ``function`` and the addresses of what it kept for backward.
+
+    But for empty tensors, and the single number that norms leave to whoever looks.
+    """
     kept = []
 
     def pack(t):
@@ -213,7 +216,7 @@ def saved_by(function):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = function()
-    return result, {t.data_ptr() for t in kept if t.numel()}
+    return result, {t.data_ptr() for t in kept if t.numel() and t.dim()}
 
 
 def raises(error, *parts):

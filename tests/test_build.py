@@ -287,8 +287,8 @@ def test_every_op_has_a_cuda_kernel():
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastnas::")]
     assert names
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    # Nothing is carried there, and running statistics are moved by PyTorch's own operations.
-    cpu_only = {"fastnas::pool_pair_carried_backward", "fastnas::update_running_statistics"}
+    # Nothing is carried there.
+    cpu_only = {"fastnas::pool_pair_carried_backward"}
     assert {n for n in names if not has(n, "CUDA")} == cpu_only
 
 

@@ -291,8 +291,8 @@ OPS = (
 )
 
 
-#: Elsewhere nothing is carried, and PyTorch's own operations move running statistics.
-CPU_ONLY = ("pool_pair_carried_backward", "update_running_statistics")
+#: Elsewhere nothing is carried.
+CPU_ONLY = ("pool_pair_carried_backward",)
 
 
 def arguments_of(name, device):

@@ -170,10 +170,12 @@ def test_nothing_is_made_twice_in_one_backward(wanted):
     with Calls() as backward:
         loss.backward()
     # The first states do not depend on the architecture: nothing flows back through them.
-    groups, singles = 3 * 5, 3 * 14 * 2  # one for each source; the second halves
-    assert forward.counts["separable_group"] == groups + singles
+    groups = 3 * 5  # one for each source; and one for all second halves that it has
+    for op in ("separable_group", "separable_each"):
+        assert forward.counts[op] == groups
     assert 0 < backward.counts["separable_group"] <= groups
     assert backward.counts["separable_group"] == groups or wanted == "architecture"
+    assert backward.counts["separable_each"] == 0
     assert backward.counts["mixed_batch_norm"] == 0
     pool = "pool_pair"
     assert 0 < backward.counts[pool] <= forward.counts[pool]

@@ -317,7 +317,8 @@ def test_launches_of_separable_convolutions(simt):
     norm = torch.nn.BatchNorm2d(8)
     for arguments, forward, backward in (
         ({}, 2, 8),  # convolutions, products; back: both and, of a size each, the weights' sums
-        ({"norm": norm}, 4, 11),  # statistics and coefficients; back: coefficients, sums, gradient
+        # Statistics before, running ones behind; back: coefficients, sums, gradient.
+        ({"norm": norm}, 5, 11),
     ):
         with cuda_kernels(simt):
             before = simt.launches()
@@ -331,8 +332,8 @@ def test_launches_of_separable_convolutions(simt):
 def test_launches_serve_all_sources(simt):
     """As many as for one: those of the norm and of one convolution of either size."""
     for changes, forward, backward in (
-        ({}, 4, 11),
-        ({"layouts": ("contiguous", "channels_last")}, 3 * 4, 3 * 10),  # one after the other
+        ({}, 5, 11),
+        ({"layouts": ("contiguous", "channels_last")}, 3 * 4 + 1, 3 * 10),  # one after the other
     ):
         *tensors, norms = make_each_case(("plain", "affine", "plain"), "cpu", **changes)
         with cuda_kernels(simt):

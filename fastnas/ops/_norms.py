@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastnas._extension import has_kernels
 from fastnas.ops._common import check_devices
 from fastnas.ops.reference import BATCH, PLAIN, RUNNING
 
@@ -203,10 +204,9 @@ def _step(updates: Updates, mean: Tensor, var: Tensor, count: int) -> None:
     distinct = len(set(map(id, updates.means))) == len(updates.means)
     if distinct and _update_plain(updates, mean, var, count):
         return
-    # One norm of several candidates: its steps build on each other. And on a CPU others in the call
-    # do not decide how a norm is moved, nor the last bit of its statistics.
-    alone = mean.is_cpu or not distinct
-    for part in _one_by_one(updates) if alone else (updates,):
+    # One norm of several candidates: its steps build on each other. And others in the call do not
+    # decide how a norm is moved, nor the last bit of its statistics.
+    for part in _one_by_one(updates):
         if not _update_plain(part, mean, var, count):
             _update(part, mean, var, count)
 
@@ -233,12 +233,12 @@ def _one_by_one(updates: Updates) -> Iterator[Updates]:
 def _update_plain(updates: Updates, mean: Tensor, var: Tensor, count: int) -> bool:
     """The same by the kernel, where all is as it serves it; False if nothing was done."""
     rows, means, variances, counters, momenta = updates
-    if not mean.is_cpu or None in momenta:
+    if None in momenta or not has_kernels(mean.device.type):
         return False
     if {t.dtype for t in means + variances} != {mean.dtype}:
         return False
     counted = [counter for counter in counters if counter is not None]
-    if not all(c.is_cpu and c.dtype == torch.int64 for c in counted):
+    if not all(c.device == mean.device and c.dtype == torch.int64 for c in counted):
         return False
     torch.ops.fastnas.update_running_statistics(
         means, variances, counted, mean, var, rows, momenta, count
@@ -248,18 +248,13 @@ def _update_plain(updates: Updates, mean: Tensor, var: Tensor, count: int) -> bo
 
 def _update(updates: Updates, mean: Tensor, var: Tensor, count: int) -> None:
     """The same by PyTorch's operations, for norms that are all different."""
-    rows, means, variances, counters, momenta = updates
+    counters = updates.counters
     counted = [counter for counter in counters if counter is not None]
     if counted:
         torch._foreach_add_(counted, 1)
     if count == 0:  # an empty batch is counted, and leaves no statistics
         return
-    every, unbiased, momentum = means + variances, var * (count / (count - 1)), momenta[0]
-    alike = momenta.count(momentum) == len(momenta) and {t.dtype for t in every} == {mean.dtype}
-    if momentum is not None and alike:
-        news = [m.unbind(0) for m in (mean, unbiased)]
-        torch._foreach_lerp_(every, [new[k] for new in news for k in rows], momentum)
-        return
+    unbiased = var * (count / (count - 1))
     for k, running_mean, running_var, counter, momentum in zip(*updates, strict=True):
         for running, new in ((running_mean, mean[k]), (running_var, unbiased[k])):
             # In the wider dtype: half precision does not hold every variance that its average is
