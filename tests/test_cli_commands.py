@@ -151,7 +151,7 @@ def test_signal_saves_and_says_how_to_go_on(folder, capsys, number):
     [
         (
             ["frob"],
-            "expected a command (search, eval, gap, genotypes, latency, bench, info), "
+            "expected a command (search, eval, export, gap, genotypes, latency, bench, info), "
             "but got 'frob'",
         ),
         (["search", "--preset", "big"], "preset: expected one of demo, cifar10, imagenet"),

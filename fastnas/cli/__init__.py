@@ -24,6 +24,7 @@ _COMMANDS = (
         "Search an architecture, by DARTS and its relatives.",
     ),
     ("eval", "fastnas.cli.evaluate", "Train the network of a genotype and test it."),
+    ("export", "fastnas.cli.export", "Write a trained network as a file that needs no fastnas."),
     ("gap", "fastnas.cli.gap", "Test a searched supernet before and after it is pruned."),
     ("genotypes", "fastnas.cli.genotypes", "List the published genotypes, or print one."),
     (

@@ -300,6 +300,14 @@ class Endless:
         self._epoch = iter(())
 
 
+def check_classes(name: str, classes: Sequence[str] | None, count: int) -> None:
+    """Raise a ValueError unless there is a name for each class, or none for any."""
+    if classes is not None and len(classes) != count:
+        raise ValueError(
+            f"{name}: expected the names of {count} classes, or None, but got {len(classes)} names"
+        )
+
+
 def check_images(images: Tensor, labels: Tensor) -> None:
     """Raise unless images are uint8 [N, C, H, W] and labels int64 [N], with N of at least 1."""
     if images.dtype != torch.uint8 or images.ndim != 4:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnas.data.batches import Batches, check_images
+from fastnas.data.batches import Batches, check_classes, check_images
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,6 +30,7 @@ class ImageData:
         num_classes: number of classes.
         mean: one number a channel, of the training images scaled to 0 to 1.
         std: likewise.
+        classes: their names, if they have any.
     """
 
     name: str
@@ -40,9 +41,11 @@ class ImageData:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check shapes, dtypes and labels."""
+        """Check shapes, dtypes, labels and names."""
+        check_classes(self.name, self.classes, self.num_classes)
         for part, images, labels in (
             ("training", self.train_images, self.train_labels),
             ("test", self.test_images, self.test_labels),
@@ -64,6 +67,11 @@ class ImageData:
                 f"{self.name}: expected a standard deviation above 0 in each channel, got "
                 f"{self.std} (are all pixels the same?)"
             )
+
+    @property
+    def image_dtype(self) -> torch.dtype:
+        """Of every image: uint8."""
+        return torch.uint8
 
     @property
     def channels(self) -> int:

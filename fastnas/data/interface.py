@@ -38,6 +38,22 @@ class Data(Protocol):
         """Number of classes."""
 
     @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes, if they have any."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """One number a channel, of images scaled to 0 to 1; not used for floating-point images."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Likewise."""
+
+    @property
+    def image_dtype(self) -> torch.dtype:
+        """Of an image: uint8, or floating-point where images are normalised already."""
+
+    @property
     def channels(self) -> int:
         """Channels of an image."""
 

@@ -42,7 +42,8 @@ def from_datasets(
             [C, H, W], arrays [H, W, C] or PIL) are augmented and normalised here; floating-point
             tensors count as normalised.
         test: likewise.
-        num_classes: labels are 0 to num_classes - 1; None: the length of ``train.classes``.
+        num_classes: labels are 0 to num_classes - 1; None: the length of ``train.classes``, which
+            are the names of the classes where there are as many.
         mean: one number a channel of uint8 images scaled to 0 to 1; None with `in_memory`:
             computed.
         std: likewise.
@@ -75,6 +76,8 @@ def from_datasets(
         )
     if (mean is None) != (std is None) or (stored and not in_memory and mean is None):
         raise ValueError("mean and std: expected both (or neither with in_memory=True)")
+    names: Any = getattr(train, "classes", None)
+    named = isinstance(names, (list, tuple)) and len(names) == num_classes
     channels, height, width = sample.shape
     data = StreamedData(
         name,
@@ -86,6 +89,7 @@ def from_datasets(
         image_shape=(channels, height, width),
         image_dtype=sample.dtype,
         workers=workers,
+        classes=tuple(map(str, names)) if named else None,
     )
     return keep_in_memory(data, compute_statistics=mean is None) if in_memory else data
 
@@ -109,6 +113,7 @@ def keep_in_memory(data: StreamedData, compute_statistics: bool = False) -> Imag
         num_classes=data.num_classes,
         mean=mean,
         std=std,
+        classes=data.classes,
     )
 
 

@@ -20,7 +20,20 @@ DEFAULT = "fashion-mnist-mini"
 
 ASSETS = Path(__file__).parent / "assets"
 
-FASHION_CLASSES = 10
+#: Of Fashion-MNIST, by label.
+FASHION_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+FASHION_CLASSES = len(FASHION_NAMES)
 
 _WITH_DIRECTORY = ("fashion-mnist", "cifar10", "cifar100", "folder")
 
@@ -107,6 +120,7 @@ def _fashion_mnist(name: str, directory: Path) -> ImageData:
         num_classes=FASHION_CLASSES,
         mean=mean,
         std=std,
+        classes=FASHION_NAMES,
     )
 
 

@@ -21,7 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastnas.data.augment import Augment, Draws
-from fastnas.data.batches import Batch, EpochBatches, Indices, as_indices, generator_of
+from fastnas.data.batches import (
+    Batch,
+    EpochBatches,
+    Indices,
+    as_indices,
+    check_classes,
+    generator_of,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -68,6 +75,7 @@ class StreamedData:
         image_dtype: dtype of every image.
         workers: processes that read images; None: one a processor, at most 8; 0: the calling
             process.
+        classes: the names of the classes, if they have any.
     """
 
     name: str
@@ -79,6 +87,11 @@ class StreamedData:
     image_shape: tuple[int, int, int]
     image_dtype: torch.dtype = torch.uint8
     workers: int | None = None
+    classes: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        check_classes(self.name, self.classes, self.num_classes)
 
     @property
     def channels(self) -> int:

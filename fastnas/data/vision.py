@@ -90,6 +90,7 @@ def load_cifar(spec: str, directory: Path) -> ImageData:
         num_classes=len(train.classes),
         mean=CIFAR_MEAN,
         std=CIFAR_STD,
+        classes=tuple(train.classes),
     )
 
 
@@ -200,6 +201,7 @@ def load_folder(
         std=IMAGENET_STD,
         image_shape=(3, size, size),
         workers=workers,
+        classes=tuple(classes),
     )
 
 

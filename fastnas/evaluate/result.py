@@ -129,6 +129,7 @@ def network_state(
         "space": source.space,
         "genotype": source.genotype.to_dict(),
         "arguments": network_arguments(source, config, data),
+        "images": image_facts(data),
         "record": dict(record),
         "state_dict": network.state_dict(),
     }
@@ -141,8 +142,25 @@ def network_arguments(source: GenotypeSource, config: EvaluateConfig, data: Data
     return {**fields, "num_classes": data.num_classes, "in_channels": data.channels}
 
 
+def image_facts(data: Data) -> dict[str, Any]:
+    """What images a network was trained on: the shape of one, how they are normalised, names.
+
+    ``scaled``: normalised are values from 0 to 1; else images came as floating-point numbers, which
+    are taken as they are.
+    """
+    return {
+        "shape": [data.channels, *data.image_size],
+        "scaled": not data.image_dtype.is_floating_point,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "classes": None if data.classes is None else list(data.classes),
+    }
+
+
 def load_network(folder: str | os.PathLike[str]) -> nn.Module:
-    """The best network of an evaluation, ready to classify: on the CPU and in eval mode.
+    """The best network of an evaluation, on the CPU and in eval mode; it takes normalised images.
+
+    ``load_classifier`` of this module takes others, and knows the names of the classes.
 
     Args:
         folder: folder of the evaluation; its ``best.pt`` is read.
@@ -151,6 +169,11 @@ def load_network(folder: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: no epoch of an evaluation was finished there.
         CheckpointError: the file is damaged or something else.
     """
+    return read_network(folder)[0]
+
+
+def read_network(folder: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """The same, and what ``best.pt`` holds (``network_state``)."""
     path = Path(folder) / "best.pt"
     state = load_checkpoint(path, kind=NETWORK_KIND)
     try:
@@ -161,4 +184,4 @@ def load_network(folder: str | os.PathLike[str]) -> nn.Module:
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: does not describe a network ({reason})") from error
-    return network.eval()
+    return network.eval(), state
