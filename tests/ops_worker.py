@@ -28,7 +28,9 @@ def mixing_calls(count, shape, dtype, layout):
     affine = cases.affine_parameters(norms)
     yield "mixed_sum", ops.mixed_sum(xs, weights), [weights, *xs]
     yield "mixed_batch_norm", ops.mixed_batch_norm(xs, weights, norms), [weights, *xs, *affine]
-    rows = torch.stack([weights, weights.flip(0), 2 * weights]).detach().requires_grad_()
+    flipped = weights.flip(0)  # seven targets: a whole group of them and a part of one
+    rows = [weights, flipped, 2 * weights, weights - flipped, -weights, weights / 2, flipped / 4]
+    rows = torch.stack(rows).detach().requires_grad_()
     for name, norms in (("plain", None), ("normed", cases.make_norms(count, c))):
         ys = ops.multi_target_sum(xs, rows, norms)
         affine = cases.affine_parameters(norms or [])

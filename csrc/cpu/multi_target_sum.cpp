@@ -46,49 +46,36 @@ Targets make_targets(const char* op, at::IntArrayRef shape, const at::Tensor& we
   return targets;
 }
 
-// y = bias + sum_i coef_i x_i without the operands whose coefficients are all 0.
-template <typename T>
-void add_operand(Sum<T>& sum, const T* x, const double* coef, int64_t C) {
-  if (std::all_of(coef, coef + C, [](double a) { return a == 0; })) return;
-  sum.xs.push_back(x);
-  sum.coef.insert(sum.coef.end(), coef, coef + C);
-}
-
 template <typename T>
 void forward(Targets& targets, const MultiTargetMix<T>& mix, const std::vector<const T*>& xs,
              const std::vector<T*>& ys) {
   batch_statistics(mix, xs, targets.table);
-  std::vector<Sum<T>> sums;
-  const int64_t C = targets.table.C;
+  Sums<T> sums;
+  sums.xs = xs;
   for (int64_t t = 0; t < targets.T; ++t) {
     const ForwardCoefficients f = forward_coefficients(targets.of(t));
-    Sum<T> sum{ys[t], {}, {}, f.bias};
-    for (int64_t k = 0; k < targets.K; ++k) add_operand(sum, xs[k], f.coef.data() + k * C, C);
-    sums.push_back(std::move(sum));
+    sums.add(ys[t], f.coef, f.bias);
   }
   mix.combine(sums);
 }
 
-// The gradient of an operand as a sum over those of the targets: dx_k = sum_t a_tk g_t + b_k (x_k - mean_k) + c_k, where
-// b and c are the sums of each target's.
+// Adds the gradient of an operand, a sum over those of the targets: dx_k = sum_t a_tk g_t + b_k (x_k - mean_k) + c_k,
+// where b and c are the sums of each target's.
 template <typename T>
-Sum<T> operand_gradient(T* dx, const T* x, const std::vector<const T*>& gs,
-                        const std::vector<BackwardCoefficients>& parts, const NormTable& table,
-                        int64_t k) {
+void add_gradient(Sums<T>& sums, T* dx, const T* x, const std::vector<BackwardCoefficients>& parts,
+                  const NormTable& table, int64_t k) {
   const int64_t C = table.C;
-  Sum<T> sum{dx, {}, {}, std::vector<double>(C)};
-  std::vector<double> b(C);
-  for (size_t t = 0; t < gs.size(); ++t) {
-    add_operand(sum, gs[t], parts[t].a.data() + k * C, C);
+  std::vector<double> a, b(C), bias(C);
+  for (const BackwardCoefficients& p : parts) {
+    a.insert(a.end(), p.a.begin() + k * C, p.a.begin() + (k + 1) * C);
     for (int64_t c = 0; c < C; ++c) {
-      b[c] += parts[t].b[k * C + c];
-      sum.bias[c] += parts[t].c[k * C + c];
+      b[c] += p.b[k * C + c];
+      bias[c] += p.c[k * C + c];
     }
   }
-  if (table.kinds[k] != kBatch) return sum;
-  for (int64_t c = 0; c < C; ++c) sum.bias[c] -= b[c] * table.mean[k * C + c];
-  add_operand(sum, x, b.data(), C);
-  return sum;
+  if (table.kinds[k] != kBatch) return sums.add(dx, a, bias);
+  for (int64_t c = 0; c < C; ++c) bias[c] -= b[c] * table.mean[k * C + c];
+  sums.add(dx, a, bias, x, b);
 }
 
 template <typename T>
@@ -128,10 +115,11 @@ Others backward(Targets& targets, const Layout& layout, const std::vector<const 
   const double count = static_cast<double>(layout.values());
   const auto gradients = [&](bool batch) {
     const std::vector<BackwardCoefficients> parts = coefficients<T>(targets, count, sums, dots);
-    std::vector<Sum<T>> out;
+    Sums<T> out;
+    out.xs = gs;
     for (int64_t k = 0; k < K; ++k)
       if (dxs[k] && (targets.table.kinds[k] == kBatch) == batch)
-        out.push_back(operand_gradient(dxs[k], xs[k], gs, parts, targets.table, k));
+        add_gradient(out, dxs[k], xs[k], parts, targets.table, k);
     return out;
   };
   const bool reduces = std::any_of(xs.begin(), xs.end(), [](const T* x) { return x != nullptr; });

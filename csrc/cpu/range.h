@@ -30,6 +30,21 @@ inline void deviation_statistics(double centre, double first, double second, dou
   *m2 = squared < 0 ? 0 : squared;  // NaN stays
 }
 
+constexpr int64_t kTargetGroup = 4;  // targets whose sums are in registers side by side
+
+// For every target t: ys[t] = bias[t] + sum_k coef[t][k] xs[k] + own_coef[t] own[t], per channel as above. Bit t % group
+// of users[t / group][k] tells whether it uses operand k, which is not read otherwise; own[t], an operand of this one
+// sum, may be null.
+template <typename T>
+struct TargetSums {
+  int64_t K, targets;
+  const T* const* xs;
+  T* const* ys;
+  const T* const* own;
+  const uint8_t* users;
+  const acc_type<T>*coef, *own_coef, *bias;
+};
+
 template <typename T>
 struct RangeKernels {
   using acc_t = acc_type<T>;
@@ -56,6 +71,14 @@ struct RangeKernels {
   // With d = x[i] - centre[i % L]: first[i % L] += d, second[i % L] += d * d.
   void (*deviations)(const T* x, int64_t n, const acc_t* centre, acc_t* first, acc_t* second,
                      int64_t L);
+
+  // Elements begin .. begin + n of all sums: few enough that those of every operand stay in the first-level cache.
+  void (*combine_targets)(const TargetSums<T>& sums, int64_t begin, int64_t n, int64_t L);
+
+  // With acc[targets][K + 1][L]: acc[t][0] += g_t and acc[t][k + 1] += g_t (x_k - centre[k]) over elements begin ..
+  // begin + n; nothing where xs[k] is null.
+  void (*reduce_targets)(const T* const* gs, int64_t targets, const T* const* xs, int64_t K,
+                         int64_t begin, int64_t n, const acc_t* centre, acc_t* acc, int64_t L);
 };
 
 // The table for the instruction set torch runs with (ATEN_CPU_CAPABILITY lowers it).

@@ -278,7 +278,10 @@ void deviations(const T* x, int64_t n, const acc_type<T>* centre, acc_type<T>* f
   }
 }
 
+#include "targets.inc.h"
+
 template <typename T>
 constexpr RangeKernels<T> kRangeKernels = {
-    Lane<T>::kLanes, combine<T>, reduce<T>, gradients<T>, sums<T>, deviations<T>,
+    Lane<T>::kLanes, combine<T>,    reduce<T>,          gradients<T>,
+    sums<T>,         deviations<T>, combine_targets<T>, reduce_targets<T>,
 };
