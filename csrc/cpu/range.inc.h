@@ -6,6 +6,10 @@
 constexpr int kRows = 4;
 constexpr int64_t kChunkElements = 1024;
 
+// Elements ahead of those at hand that lines are asked for where a processor does not think of it by itself, or not in
+// time: the next page, more streams than it follows, and what is to be written.
+constexpr int64_t kAhead = 1024;
+
 template <typename T>
 inline void fetch(const T* p) {
   __builtin_prefetch(p, 0, 2);
@@ -33,6 +37,7 @@ inline void combine_rows(const T* const* xs, int64_t at, const From* from, int64
       for (int r = 0; r < R; ++r) fetch(next[k] + at + v + r * L);
       for (int r = 0; r < R; ++r) sum[r] += a * Ln::load(x + r * L);
     }
+    for (int r = 0; r < R; ++r) fetch(to + v + r * L + kAhead);
     for (int r = 0; r < R; ++r) Lane<To>::store(to + v + r * L, sum[r]);
   }
 }
@@ -179,6 +184,7 @@ inline void gradient_rows(const T* g, const T* x, const T* next, T* dx, const ac
   using V = typename Ln::V;
   for (int64_t v = 0; v < L; v += Ln::kLanes) {
     const V av = A::load(a + v);
+    for (int r = 0; r < R; ++r) fetch(dx + v + r * L + kAhead);
     if (x) {
       for (int r = 0; r < R; ++r) fetch(next + v + r * L);
       const V bv = A::load(b + v), cv = A::load(c + v), m = A::load(centre + v);
@@ -253,6 +259,7 @@ inline void deviation_rows(const T* x, const acc_type<T>* centre, acc_type<T>* f
   for (int64_t v = 0; v < L; v += Ln::kLanes) {
     const typename Ln::V m = A::load(centre + v);
     typename Ln::V s{}, q{};
+    for (int r = 0; r < R; ++r) fetch(x + v + r * L + kAhead);
     for (int r = 0; r < R; ++r) {
       const typename Ln::V d = Ln::load(x + v + r * L) - m;
       s += d;

@@ -5,10 +5,6 @@
 // Tables whose sums for a group of targets fill the registers.
 constexpr int kTargetRows = FASTNAS_VECTOR_BYTES == 64 ? 4 : 2;
 
-// How many elements ahead of those being read and written lines are asked for: there are more streams than a processor
-// follows by itself.
-constexpr int64_t kTargetAhead = 512;
-
 // Calls f(first, count) for groups of targets, count known when it is compiled.
 template <typename F>
 inline void in_groups(int64_t targets, F&& f) {
@@ -36,7 +32,7 @@ inline void target_rows(const TargetSums<T>& s, int64_t first, int64_t at, int64
       if (!users[k]) continue;
       V x[R];
       for (int r = 0; r < R; ++r) x[r] = Ln::load(s.xs[k] + at + v + r * L);
-      for (int r = 0; r < R; ++r) fetch(s.xs[k] + at + v + r * L + kTargetAhead);
+      for (int r = 0; r < R; ++r) fetch(s.xs[k] + at + v + r * L + kAhead);
       for (int u = 0; u < G; ++u)
         if (users[k] >> u & 1)
           for (int r = 0; r < R; ++r) sum[u][r] += A::load(coef + u * s.K * L) * x[r];
@@ -47,7 +43,7 @@ inline void target_rows(const TargetSums<T>& s, int64_t first, int64_t at, int64
         for (int r = 0; r < R; ++r) sum[u][r] += a * Ln::load(x + at + v + r * L);
       }
       for (int r = 0; r < R; ++r) Ln::store(s.ys[first + u] + at + v + r * L, sum[u][r]);
-      for (int r = 0; r < R; ++r) fetch(s.ys[first + u] + at + v + r * L + kTargetAhead);
+      for (int r = 0; r < R; ++r) fetch(s.ys[first + u] + at + v + r * L + kAhead);
     }
   }
 }
