@@ -96,6 +96,11 @@ def test_search_and_eval(folder, capsys):
     result = json.loads(Path("runs/demo/eval/result.json").read_text())
     assert result["genotype"] == json.loads(Path("runs/demo/genotype.json").read_text())
     assert f"test accuracy: {result['accuracy']:.2%}" in out
+    assert "fastnas export runs/demo/eval" in out
+
+    assert main(["export"]) == 0
+    assert "runs/demo/eval/network.pt2" in capsys.readouterr().out
+    assert Path("runs/demo/eval/network.pt2").is_file()
 
 
 def test_eval_of_an_unfinished_search_says_so(folder, capsys):

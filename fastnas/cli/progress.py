@@ -32,7 +32,7 @@ def search_progress(target: Console | None = None) -> search.Progress:
 def evaluation_progress(target: Console | None = None) -> evaluate.Progress:
     """What shows an evaluation on ``target``, standard output by default."""
     target = console() if target is None else target
-    return _EvaluationDisplay(target) if _live(target) else evaluate.TextProgress()
+    return _EvaluationDisplay(target) if _live(target) else _EvaluationText()
 
 
 def _live(target: Console) -> bool:
@@ -154,6 +154,16 @@ class _SearchDisplay(search.Progress):
         self._bar.stop()
 
 
+class _EvaluationText(evaluate.TextProgress):
+    """Plain lines, and at the end what to do next."""
+
+    def end(self, result: EvaluationResult) -> None:
+        """The figures and what comes next."""
+        super().end(result)
+        for hint in _after_evaluation(result):
+            self._write(hint)
+
+
 class _EvaluationDisplay(evaluate.Progress):
     """A bar, and a line for each epoch above it."""
 
@@ -197,8 +207,8 @@ class _EvaluationDisplay(evaluate.Progress):
         width = max(len(name) for name, _ in rows)
         for number, (name, value) in enumerate(rows):
             self._console.print(f"  {name:<{width}}  {value}", style="" if number else "bold")
-        if result.path is not None:
-            self._console.print(f"\nWritten to {result.path}.")
+        for hint in _after_evaluation(result):
+            self._console.print(f"\n{hint}", markup=False)
 
     def stop(self, reason: BaseException) -> None:
         """Give the terminal back."""
@@ -252,3 +262,11 @@ def _after_search(result: SearchResult) -> list[str]:
     if result.path is not None:
         hints.append(f"Written to {result.path}. Train it with: fastnas eval {result.path}")
     return hints
+
+
+def _after_evaluation(result: EvaluationResult) -> list[str]:
+    """What to tell the user when an evaluation is over."""
+    if result.path is None:
+        return []
+    advice = f"As a file that needs no fastnas: fastnas export {result.path}"
+    return [f"Written to {result.path}. {advice}"]
