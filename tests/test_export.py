@@ -158,8 +158,16 @@ def test_what_cannot_be_written_is_refused(run, tmp_path, monkeypatch):
     ("change", "says"),
     [
         (None, "a version of fastnas wrote it that did not say"),
-        ({"shape": [1, 16]}, "does not describe images"),
-        ({"mean": [0.5, 0.5]}, "does not describe images"),
+        ({"shape": [1, 16]}, "shape: [1, 16]"),
+        ({"shape": [1, -16, 16]}, "shape: [1, -16, 16]"),
+        ({"mean": [0.5, 0.5]}, "mean: [0.5, 0.5]"),
+        ({"mean": [float("nan")]}, "mean: [nan]"),
+        ({"mean": ["x"]}, "does not say what"),
+        ({"std": [-1.0]}, "std: [-1.0]"),
+        ({"std": [1e-300]}, "std: [1e-300]"),
+        ({"scaled": "yes"}, "scaled: 'yes'"),
+        ({"classes": "abcd"}, "classes: not a list of names"),
+        ({"classes": ["a", "b", "c"]}, "3 names for 4 classes"),
     ],
 )
 def test_networks_that_do_not_say_what_they_take(run, tmp_path, change, says):
@@ -173,6 +181,15 @@ def test_networks_that_do_not_say_what_they_take(run, tmp_path, change, says):
         load_classifier(tmp_path)
 
 
+def test_a_network_without_numbers_is_refused(run, tmp_path):
+    state = load_checkpoint(run[0] / "best.pt", kind=NETWORK_KIND)
+    state["state_dict"]["classifier.bias"][2] = float("nan")
+    save_checkpoint(tmp_path / "best.pt", state, kind=NETWORK_KIND)
+    with raises(CheckpointError, "best.pt: the network's logits are not finite"):
+        export_classifier(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
 def test_the_command(run, tmp_path, capsys):
     folder, result = run
     (tmp_path / "search").mkdir()
@@ -184,7 +201,13 @@ def test_the_command(run, tmp_path, capsys):
     assert f"{result.best_accuracy:.2%}" in told
     assert (tmp_path / "a.pt2").is_file()
     assert main(["export", str(tmp_path)]) == 2
-    assert "a network is trained by: fastnas eval" in capsys.readouterr().err
+    assert "a network is trained by: fastnas eval\n" in capsys.readouterr().err
+    (tmp_path / "genotype.json").touch()
+    assert main(["export", str(tmp_path)]) == 2
+    assert "fastnas eval /" in capsys.readouterr().err.replace("\n", "")
+    (tmp_path / "b.pt2").mkdir()
+    assert main(["export", str(folder), "--out", str(tmp_path / "b.pt2")]) == 2
+    assert "is a folder" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_the_document_shows_how_to_read_a_program(run, tmp_path, monkeypatch):

@@ -53,13 +53,18 @@ def main(argv: Sequence[str]) -> int:
     if not (run / "best.pt").is_file():
         raise FileNotFoundError(
             f"{options.run}: expected the folder of an evaluation, but there is no best.pt; a "
-            "network is trained by: fastnas eval"
+            f"network is trained by: fastnas eval{_named(run)}"
         )
     with console().status("writing and checking the network ..."):
         exported = export_classifier(run, options.out)
     for name, value in _summary(exported):
         console().print(f"{name:<10}  {value}", markup=False, highlight=False)
     return 0
+
+
+def _named(run: Path) -> str:
+    """The folder as a word of a command, where it is that of a search."""
+    return f" {run}" if (run / "genotype.json").is_file() else ""
 
 
 def _summary(exported: Exported) -> list[tuple[str, str]]:
@@ -82,4 +87,5 @@ def _summary(exported: Exported) -> list[tuple[str, str]]:
 
 def _shortened(names: Sequence[str], most: int = 10) -> str:
     more = f", ... ({len(names)})" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    text = ", ".join(names[:most]) + more
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

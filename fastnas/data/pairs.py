@@ -75,7 +75,10 @@ def from_datasets(
             f"in_memory, mean and std apply to uint8 images, those of `train` are {sample.dtype}"
         )
     if (mean is None) != (std is None) or (stored and not in_memory and mean is None):
-        raise ValueError("mean and std: expected both (or neither with in_memory=True)")
+        raise ValueError(
+            "mean and std: expected both for uint8 images, or neither with in_memory=True, which "
+            "computes them"
+        )
     names: Any = getattr(train, "classes", None)
     named = isinstance(names, (list, tuple)) and len(names) == num_classes
     channels, height, width = sample.shape

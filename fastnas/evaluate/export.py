@@ -51,16 +51,17 @@ class Classifier(nn.Module):
     def __init__(
         self, network: nn.Module, images: Mapping[str, Any], facts: Mapping[str, Any]
     ) -> None:
-        """Put a network behind ``image_facts``."""
+        """Put a network behind ``image_facts``; a ValueError says what of them cannot be."""
         super().__init__()
+        _check(images)
         if "auxiliary_head" in network._modules:
             network._modules["auxiliary_head"] = None
         self.network = network.eval()
         channels, height, width = images["shape"]
         self.image_shape = int(channels), int(height), int(width)
-        self.scaled = bool(images["scaled"])
+        self.scaled: bool = images["scaled"]
         names = images["classes"]
-        self.classes = None if names is None else tuple(map(str, names))
+        self.classes = None if names is None else tuple(names)
         self.facts = dict(facts)
         for name in ("mean", "std"):
             values = torch.tensor(images[name], dtype=torch.float32).view(1, channels, 1, 1)
@@ -83,6 +84,24 @@ class Classifier(nn.Module):
             **self.facts,
             "fastnas": __version__,
         }
+
+
+def _check(images: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless these are ``image_facts``."""
+    shape, names = images["shape"], images["classes"]
+    if len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
+        raise ValueError(f"shape: {shape}")
+    if type(images["scaled"]) is not bool:
+        raise ValueError(f"scaled: {images['scaled']!r}")
+    if names is not None and not (
+        isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError("classes: not a list of names")
+    for name in ("mean", "std"):
+        values = torch.tensor(images[name], dtype=torch.float32)
+        low = 0.0 if name == "std" else -torch.inf
+        if values.shape != (shape[0],) or not (values.isfinite() & (values > low)).all():
+            raise ValueError(f"{name}: {images[name]}")
 
 
 @dataclass(frozen=True)
@@ -122,12 +141,19 @@ def load_classifier(folder: str | os.PathLike[str]) -> Classifier:
         facts = {
             "space": state["space"],
             "genotype": state["genotype"],
-            "test_accuracy": state["record"]["test_accuracy"],
-            "epoch": state["record"]["epoch"],
+            "test_accuracy": float(state["record"]["test_accuracy"]),
+            "epoch": int(state["record"]["epoch"]),
         }
-        return Classifier(network, state["images"], facts)
+        classifier = Classifier(network, state["images"], facts)
+        names, count = classifier.classes, state["arguments"]["num_classes"]
+        if names is not None and len(names) != count:
+            raise ValueError(f"{len(names)} names for {count} classes")
+        return classifier
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: does not describe images ({error})") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: does not say what a network was trained on ({reason})"
+        ) from error
 
 
 def export_classifier(
@@ -148,19 +174,26 @@ def export_classifier(
     Raises:
         FileNotFoundError: no epoch of an evaluation was finished in ``folder``, or there is no
             folder for ``out``.
-        CheckpointError: as :func:`load_classifier`.
+        CheckpointError: as :func:`load_classifier`, or the network's logits are not finite.
         ValueError: ``out`` ends in neither ``.pt2`` nor ``.onnx``.
+        IsADirectoryError: ``out`` is a folder.
         ImportError: onnx and onnxscript are needed and missing.
         RuntimeError: the file would compute something else than the network.
     """
     path = Path(folder) / DEFAULT_NAME if out is None else Path(out)
     if path.suffix not in _FORMATS:
         raise ValueError(f"out: expected a file that ends in .pt2 or .onnx, but got {str(path)!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"out: {path} is a folder")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"out: there is no folder {path.parent} to write {path.name} in")
     classifier = load_classifier(folder)
     batch = torch.export.Dim("batch")
     with torch.no_grad():
+        if not classifier(_noise(classifier, 2)).isfinite().all():
+            raise CheckpointError(
+                f"{Path(folder) / 'best.pt'}: the network's logits are not finite"
+            )
         program = torch.export.export(
             classifier, (_noise(classifier, 2),), dynamic_shapes={"images": {0: batch}}
         )

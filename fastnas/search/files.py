@@ -59,8 +59,8 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]
         os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(target)  # a full disk does not tell which file it was
+        if isinstance(error, OSError):  # a full disk tells no file, others the temporary one
+            error.filename, error.filename2 = str(target), None
         raise
 
 
