@@ -107,6 +107,15 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
     assert info.value.filename == "/dev/full"
 
 
+def test_a_file_that_cannot_be_is_told_by_its_name(tmp_path: Path) -> None:
+    """And not by that of the temporary one, which nobody has heard of."""
+    for path in (tmp_path, tmp_path / "nowhere" / "a.json"):
+        with pytest.raises(OSError, match="directory") as info:
+            write_atomic(path, lambda file: None)
+        assert str(info.value).count(str(path)) == 1
+        assert ".tmp" not in str(info.value)
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no run to continue.*without --resume"):
         RunDirectory.resume(tmp_path)
