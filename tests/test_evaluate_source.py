@@ -109,6 +109,17 @@ def test_folder_and_data_follow_from_the_source(tmp_path):
     assert (resolved.data, resolved.out) == ("cifar100:d", "x")
 
 
+def test_images_have_the_size_they_had_in_the_search(tmp_path):
+    (tmp_path / "genotype.json").write_text(GENOTYPE.to_json())
+    for size, taken in ((48, 48), (None, None), ("48", None), (-1, None), (True, None)):
+        config = {"data": "folder:somewhere", "image_size": size}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        search = find_genotype(tmp_path)
+        assert EvaluateConfig().resolve(search).image_size == taken
+        assert EvaluateConfig(image_size=32).resolve(search).image_size == 32
+        assert EvaluateConfig(data="folder:other").resolve(search).image_size is None
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_survive_json(preset):
     config = preset_config(preset, source="DARTS_V1")

@@ -37,7 +37,7 @@ class EvaluateConfig:
     folder:DIR (a sub-folder a class); None: those of the search, else fashion-mnist-mini."""
     image_size: int | None = None
     """Side of the images in pixels: those of a folder are resized to it, others get a black border.
-    None keeps the size of the data."""
+    None: that of the search, where its images are taken; else the size of the data."""
     out: str | None = "auto"
     """Folder of the run; auto: `eval` in the search's folder or runs/eval-NAME; None: no files."""
     resume: bool = False
@@ -155,7 +155,7 @@ class EvaluateConfig:
         return idle
 
     def resolve(self, source: GenotypeSource) -> EvaluateConfig:
-        """The same with ``data`` and ``out`` as they follow from the source.
+        """The same with ``data``, ``image_size`` and ``out`` as they follow from the source.
 
         Fields that networks of its space do not know get their defaults, where they are from a
         preset.
@@ -164,7 +164,9 @@ class EvaluateConfig:
             ValueError: such a field has a value that no preset gives it, or another that does
                 nothing, unless it is that of a run that goes on.
         """
-        data = self.data or source.data or DEFAULT
+        data, image_size = self.data or source.data or DEFAULT, self.image_size
+        if image_size is None and self.data is None:
+            image_size = source.image_size
         out = self.out
         if out == "auto":
             name = Path(source.label).stem
@@ -174,7 +176,7 @@ class EvaluateConfig:
         changes = {name: value for name, value in foreign.items() if name not in kept}
         if not self.resume:
             refuse_idle(self, self.idle(source.space), [*PRESETS.values()])
-        return dataclasses.replace(self, data=data, out=out, **changes)
+        return dataclasses.replace(self, data=data, image_size=image_size, out=out, **changes)
 
     def _foreign(self, name: str, space: str) -> Any:
         """The default of a field that networks of a space may not know."""

@@ -29,6 +29,7 @@ class GenotypeSource:
         label: the words it was asked for with.
         search: folder of the search that found it, None when it came from elsewhere.
         data: the data that search used, as ``fastnas.data.load`` reads it, else None.
+        image_size: side of its images, where the search was told one.
         epochs_left: epochs that search still had to do when it was looked at.
     """
 
@@ -37,6 +38,7 @@ class GenotypeSource:
     label: str
     search: Path | None = None
     data: str | None = None
+    image_size: int | None = None
     epochs_left: int = 0
 
 
@@ -105,7 +107,8 @@ def _from_search(folder: Path) -> GenotypeSource:
         )
     genotype, space = _from_file(run.genotype)
     config = read_json(run.config) if run.config.is_file() else {}
-    data, epochs = (config.get(k) if isinstance(config, dict) else None for k in ("data", "epochs"))
+    fields = config if isinstance(config, dict) else {}
+    data, size, epochs = (fields.get(name) for name in ("data", "image_size", "epochs"))
     records = read_jsonl(run.metrics) if run.metrics.is_file() else []
     # A search that was stopped early has nothing left to do.
     over = bool(records) and records[-1].get("stopped") is not None
@@ -115,6 +118,7 @@ def _from_search(folder: Path) -> GenotypeSource:
         str(folder),
         search=folder,
         data=data if isinstance(data, str) else None,
+        image_size=size if type(size) is int and size > 0 else None,
         epochs_left=max(0, epochs - len(records)) if isinstance(epochs, int) and not over else 0,
     )
 
