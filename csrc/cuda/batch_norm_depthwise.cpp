@@ -17,7 +17,7 @@ Coefficients normalise_sources(Depthwise& d, const NormArguments& norms) {
   Coefficients f = mix_coefficients(plan, d.sources, norms, true);
   d.c.scale = at_row(f.table, 0);
   d.c.shift = at_row(f.table, plan.tables(norms.norms.K));
-  d.c.pitch = plan.period;
+  d.c.pitch = d.c.sources == 1 ? 0 : plan.period;
   return f;
 }
 

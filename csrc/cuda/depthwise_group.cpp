@@ -18,7 +18,7 @@ Depthwise make_depthwise(const DepthwiseGroup& group, const std::vector<at::Tens
   c.count = static_cast<int>(group.size());
   c.stride = static_cast<int>(group.stride);
   c.sources = static_cast<int>(sources.size());
-  for (int s = 0; s < c.sources; ++s) c.xs[s] = pointer(sources[s]);
+  for (int i = 0; i < c.count; ++i) c.xs[i] = pointer(sources[c.sources == 1 ? 0 : i]);
   c.N = group.N;
   c.C = group.C;
   c.H = group.H;

@@ -23,16 +23,15 @@ struct Convolutions {
   int first[kMaxOperands + 1];        // row of the first tap in a table of all taps
   const void* weights[kMaxOperands];  // (C, k, k)
   signed char weight_dtype[kMaxOperands];
-  const void* xs[kMaxOperands];  // the sources
+  const void* xs[kMaxOperands];  // the source of each
   const void* table;  // of weights, in the accumulator type: [taps][C]; null unless needs_table
   // Of a source, before the convolutions read it: scale x + shift for each channel, in the accumulator type (null for
-  // none; `pitch` from one source's to the next), then the ReLU.
+  // none; `pitch` from one source's to the next, 0 where there is one), then the ReLU.
   const void *scale, *shift;
   int64_t pitch;
   bool relu;
 
   FASTNAS_HOST_DEVICE int64_t taps() const { return first[count]; }
-  FASTNAS_HOST_DEVICE int source_of(int i) const { return sources == 1 ? 0 : i; }
   // Elements of a source and of an output.
   int64_t inputs() const { return N * C * H * W; }
   int64_t outputs() const { return N * C * oh * ow; }

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (valid) {
     const int y = corner.y + s.y;
     const int64_t first = to.at(image, channel, y, corner.x + s.x);
-    const Scaling<A> scaling(c, source_of, channel);
+    const Scaling<A> scaling(c, true, source_of, channel);
     const A mean =
         sums.partial ? static_cast<const A*>(sums.mean)[source_of * c.C + channel] : A(0);
     const bool reads = c.relu || sums.partial;

@@ -61,18 +61,19 @@ __device__ inline Strip strip_of(const Tile& t) {
 struct Window {
   int y, x, rows, columns, shift;
   int height, width;
-  int source;  // which one, if BatchNorm and ReLU come before; else -1
+  int source;  // which one (or a convolution's), if BatchNorm and ReLU come before; else -1
 };
 
-// scale x + shift of a channel of a source; x where there is no such table, or no source (-1).
+// scale x + shift of a channel of a source; x where there is no such table, or it is not to be read.
 template <typename A>
 struct Scaling {
   A scale = 1, shift = 0;
 
-  __device__ Scaling(const Convolutions& c, int source, int64_t channel) {
-    if (source < 0 || !c.scale) return;
-    scale = static_cast<const A*>(c.scale)[source * c.pitch + channel];
-    shift = static_cast<const A*>(c.shift)[source * c.pitch + channel];
+  __device__ Scaling(const Convolutions& c, bool reads, int source, int64_t channel) {
+    if (!reads || !c.scale) return;
+    const int64_t at = source * c.pitch + channel;
+    scale = static_cast<const A*>(c.scale)[at];
+    shift = static_cast<const A*>(c.shift)[at];
   }
   __device__ A of(A x) const { return scale * x + shift; }
 };
@@ -109,7 +110,7 @@ __device__ inline void bring(const Convolutions& c, const Tile& t, const Strides
   for (int e = thread - in_row * side; e < elements; e += side) {
     const int x = w.x + (e >> t.log_lanes), channel = corner.channel + (e & (t.lanes() - 1));
     const bool inside = x >= 0 && !(x & zeros) && (x >> w.shift) < w.width && channel < c.C;
-    const Scaling<A> scaling(c, inside ? w.source : -1, channel);
+    const Scaling<A> scaling(c, normed && inside, w.source, channel);
     for (int image = share.first_image; image < t.images(); image += share.image_step) {
       const bool exists = inside && corner.image + image < c.N;
       const T* column =

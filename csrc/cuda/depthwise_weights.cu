@@ -37,8 +37,7 @@ __device__ inline void sum_taps(const Convolutions& c, const Tile& t, const Stri
   const int64_t begin = part * share.tiles, end = begin + share.tiles;
   const int64_t last = end < t.tiles() ? end : t.tiles();
   const Strip s = strip_of(t);
-  const int source = c.source_of(i);
-  const T* x = static_cast<const T*>(c.xs[source]);
+  const T* x = static_cast<const T*>(c.xs[i]);
   A sum[kTaps] = {};
   for (int64_t index = begin; index < last; ++index) {
     const Corner corner = corner_of(t, index, chunk);
@@ -54,8 +53,8 @@ __device__ inline void sum_taps(const Convolutions& c, const Tile& t, const Stri
         if (y + o < c.oh) gradient[o] = to_acc(gs[o * own.row]);
     }
     __syncthreads();  // the one before has been read
-    bring(c, t, from, corner,
-          {corner.y * S - pad, corner.x * S - pad, rows, columns, 0, H, W, source}, x, tile);
+    bring(c, t, from, corner, {corner.y * S - pad, corner.x * S - pad, rows, columns, 0, H, W, i},
+          x, tile);
     __syncthreads();
     if (!valid) continue;
     const int at = (s.image * rows + s.y * S) * row + s.x * S * pixel + s.lane;
