@@ -23,6 +23,7 @@ from fastnas.evaluate import (
     export_classifier,
     find_genotype,
     load_classifier,
+    load_network,
 )
 from fastnas.evaluate import export as export_file
 from fastnas.evaluate.result import NETWORK_KIND, network_arguments, network_state
@@ -63,7 +64,8 @@ def test_a_program_classifies_as_the_network_did(run):
     assert exported.difference < 1e-5
     program, facts = load(exported.path)
     assert accuracy(program.module()) == accuracy(load_classifier(folder)) == result.best_accuracy
-    assert program.module()(torch.rand(1, 1, 16, 16)).shape == (1, 4)
+    x = torch.rand(1, 1, 16, 16)
+    torch.testing.assert_close(program.module()(x), load_network(folder)((x - 0.5) / 0.3))
     assert facts["classes"] == list(NAMES)
     assert facts["image_shape"] == [1, 16, 16]
     assert facts["test_accuracy"] == result.best_accuracy
@@ -121,6 +123,7 @@ class Normalised(torch.utils.data.Dataset):
 
 def test_images_that_were_normalised_already_are_taken_as_they_are(tmp_path):
     set_ = from_datasets(Normalised(), Normalised(), num_classes=4, workers=0)
+    set_ = replace(set_, mean=(0.5,), std=(0.3,))  # which are of other images
     out = tmp_path / "run"
     Evaluation(config(out=str(out), epochs=1), data=set_, progress=Progress()).run()
     classifier = load_classifier(out)

@@ -61,7 +61,7 @@ __device__ inline Strip strip_of(const Tile& t) {
 struct Window {
   int y, x, rows, columns, shift;
   int height, width;
-  int source;  // which one (or a convolution's), if BatchNorm and ReLU come before; else -1
+  int source;  // whose BatchNorm and ReLU come before: a source, or a convolution for its own; -1: none
 };
 
 // scale x + shift of a channel of a source; x where there is no such table, or it is not to be read.

@@ -199,7 +199,7 @@ def export_classifier(
         )
         content, run = _FORMATS[path.suffix](program, json.dumps(classifier.describe()))
         difference = None if run is None else _compare(classifier, run)
-    write_atomic(path, lambda file: cast(None, file.write(content)))
+    write_atomic(path, lambda file: file.write(content))
     return Exported(path, classifier, difference)
 
 
