@@ -58,15 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(words)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        # A run that was stopped tells its signal, and how to go on.
-        _say_error(str(stop) or "interrupted", style="bold yellow")
+        # A run that was stopped tells its signal, and how to go on; once, if processes share it.
+        if not _process():
+            _say_error(str(stop) or "interrupted", style="bold yellow")
         code = _EXIT_SIGNAL + getattr(stop, "signal", signal.SIGINT)
     except BrokenPipeError:  # the reader (`| head`) has seen enough
         code = _EXIT_SIGNAL + signal.SIGPIPE
     except Exception as error:
         if _debugging() or not _is_user_error(error):
             raise
-        _say_error(_sentence(error))
+        number = _process()
+        _say_error((f"process {number}: " if number else "") + _sentence(error))
         code = _EXIT_USAGE
     _leave_stdout()
     return code
@@ -129,12 +131,26 @@ def _leave_stdout() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _process() -> int:
+    """The number of this process, where torchrun has started several; else 0."""
+    return int(os.environ.get("RANK", 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
 def _is_user_error(error: Exception) -> bool:
     """Whether it was raised where a user's value, file or environment enters."""
     from fastnas.methods.graphs import GraphError
+    from fastnas.parallel import ProcessesError
     from fastnas.search import CheckpointError, NonFiniteLossError
 
-    kinds = (ValueError, OSError, ImportError, CheckpointError, GraphError, NonFiniteLossError)
+    kinds = (
+        ValueError,
+        OSError,
+        ImportError,
+        CheckpointError,
+        GraphError,
+        NonFiniteLossError,
+        ProcessesError,
+    )
     return isinstance(error, kinds) or _is_out_of_memory(error)
 
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastnas.cli.options import begun_with, choices, parse, refuse_idle_options
+from fastnas.cli.processes import in_processes, run_in_processes
 from fastnas.cli.progress import evaluation_progress
 from fastnas.cli.terminal import error_console
 from fastnas.evaluate import PRESETS, EvaluateConfig, Evaluation, find_genotype, preset_config
+from fastnas.parallel import joined
 from fastnas.search import RunDirectory
 
 __all__ = ["main"]
@@ -27,15 +29,21 @@ def main(argv: Sequence[str]) -> int:
     config = _config(argv)
     source = config.find_source()
     refuse_idle_options(argv, config.idle(source.space))
-    evaluation = Evaluation(config, genotype=source, progress=evaluation_progress())
-    if left := source.epochs_left:
-        error_console().print(
-            f"The search in {source.search} is not over ({left} epochs to go): "
-            "this trains what it would find now.",
-            style="yellow",
-            markup=False,
+    number, words = in_processes(argv)
+    if number > 1:
+        return run_in_processes(number, ["eval", *words])
+    with joined() as group:
+        evaluation = Evaluation(
+            config, genotype=source, progress=evaluation_progress(), group=group
         )
-    evaluation.run()
+        if group.leads and (left := source.epochs_left):
+            error_console().print(
+                f"The search in {source.search} is not over ({left} epochs to go): "
+                "this trains what it would find now.",
+                style="yellow",
+                markup=False,
+            )
+        evaluation.run()
     return 0
 
 

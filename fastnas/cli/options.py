@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from fastnas.cli.processes import PROCESSES_HELP
 from fastnas.evaluate import EvaluateConfig
 from fastnas.search import RunDirectory, SearchConfig
 from fastnas.search.files import read_json
@@ -119,6 +120,7 @@ def parse(
         "Options",
         [
             ("preset", Annotated[Literal[tuple(presets)], tyro.conf.arg(help=_PRESET_HELP)]),
+            ("processes", Annotated[int, tyro.conf.arg(help=PROCESSES_HELP)]),
             # No name: the fields of the configuration stand beside the preset.
             ("config", Annotated[type(config), tyro.conf.arg(name="")]),
         ],
@@ -127,7 +129,7 @@ def parse(
         options,
         prog=prog,
         description=description,
-        default=options(preset, config),
+        default=options(preset, 1, config),
         args=list(argv),
         config=(tyro.conf.OmitArgPrefixes,),
     )

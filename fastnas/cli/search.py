@@ -14,8 +14,10 @@ from fastnas.cli.options import (
     parse,
     refuse_idle_options,
 )
+from fastnas.cli.processes import in_processes, run_in_processes
 from fastnas.cli.progress import search_progress
 from fastnas.methods import METHODS
+from fastnas.parallel import joined
 from fastnas.search import PRESETS, RunDirectory, Search, SearchConfig, preset_config
 from fastnas.search.idle import idle_options
 from fastnas.spaces import SPACES
@@ -34,7 +36,12 @@ _DESCRIPTION = "\n\n".join(
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with the words after ``fastnas search``."""
-    Search(_config(argv), progress=search_progress()).run()
+    config = _config(argv)
+    number, words = in_processes(argv)
+    if number > 1:
+        return run_in_processes(number, ["search", *words])
+    with joined() as group:
+        Search(config, progress=search_progress(), group=group).run()
     return 0
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnas.data.augment import Augment, Draws
+from fastnas.parallel import Share
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 Indices: TypeAlias = Tensor | Sequence[int]
@@ -55,7 +56,8 @@ class EpochBatches(ABC):
 
     Iterating over it gives the epoch of `set_epoch` (0 at first); `iterate` any epoch from any
     batch on. Two loaders with one seed but other `indices` (training and validation part) are
-    shuffled independently.
+    shuffled independently. Where several processes make one run, each sets its `share` and gets
+    that part of every batch.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class EpochBatches(ABC):
         self.dtype = dtype
         self.memory_format = memory_format
         self.epoch = 0
+        self.share = Share()
         if len(self) == 0:
             raise ValueError(
                 f"batch_size: drop_last leaves nothing of {len(indices)} images, got {batch_size}"
@@ -145,9 +148,16 @@ class EpochBatches(ABC):
     def _run(self, order: Tensor, draws: Draws, epoch: int, start: int) -> Iterator[Batch]:
         fetched = self.stored(order, epoch, start)
         for number, (images, labels) in enumerate(fetched, start):
-            begin = number * self.batch_size
-            rows = {name: draw[begin : begin + len(labels)] for name, draw in draws.items()}
+            own = self.rows(number)
+            # One order of colour changes for a batch, that of its first image.
+            whole = slice(number * self.batch_size, None)
+            rows = {n: draw[whole if n == "jitter_order" else own] for n, draw in draws.items()}
             yield self._prepare(images, rows), labels
+
+    def rows(self, number: int) -> slice:
+        """Where in an epoch the images of a batch are, of those that this process takes."""
+        begin = number * self.batch_size
+        return self.share.of(begin, min(self.batch_size, len(self.indices) - begin))
 
     def _plan(self, epoch: int) -> tuple[Tensor, Draws]:
         """Return the positions in the set of an epoch, on the CPU, and its draws, on the device."""
@@ -169,6 +179,8 @@ class EpochBatches(ABC):
     @abstractmethod
     def stored(self, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
         """Yield images as they are stored, and labels, of batch `start` on, on the device.
+
+        Of each batch those of `rows`.
 
         Args:
             order: positions in the set, in the order of the epoch.
@@ -254,7 +266,7 @@ class Batches(EpochBatches):
         """Pick images of the tensor; see `EpochBatches.stored`."""
         order = order.to(self.device)
         for number in range(start, len(self)):
-            chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
+            chosen = order[self.rows(number)]
             yield self.images[chosen], self.labels[chosen]
 
 

@@ -195,7 +195,7 @@ class StreamedBatches(EpochBatches):
         seeds = torch.randint(2**31, (len(order),), generator=generator)
         loader = DataLoader(
             self.items,
-            batch_sampler=_Keys(order, seeds, self.batch_size, range(start, len(self))),
+            batch_sampler=_Keys(order, seeds, [self.rows(n) for n in range(start, len(self))]),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=outlive_signals,
@@ -255,20 +255,18 @@ class Items(Dataset[tuple[Tensor, int]]):
 
 
 class _Keys:
-    """The keys of a range of batches, made as they are needed."""
+    """The keys of batches, made as they are needed; `rows`: where in the order each batch is."""
 
-    def __init__(self, order: Tensor, seeds: Tensor, batch_size: int, batches: range) -> None:
+    def __init__(self, order: Tensor, seeds: Tensor, rows: list[slice]) -> None:
         self.order = order
         self.seeds = seeds
-        self.batch_size = batch_size
-        self.batches = batches
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for number in self.batches:
-            rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
+        for rows in self.rows:
             yield list(zip(self.order[rows].tolist(), self.seeds[rows].tolist(), strict=True))
 
 

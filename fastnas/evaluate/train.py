@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.data import Data, load
+from fastnas.data.batches import generator_of
 from fastnas.evaluate.config import RUNTIME_FIELDS, EvaluateConfig
 from fastnas.evaluate.optimizer import network_sgd
 from fastnas.evaluate.progress import Progress, StepReport, TextProgress
@@ -30,6 +31,7 @@ from fastnas.evaluate.result import (
 from fastnas.evaluate.source import GenotypeSource, space_of
 from fastnas.methods import Outcome
 from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_state, set_rate
+from fastnas.parallel import ALONE, Group
 from fastnas.search.assembly import cut_batches, lay_out, noise_batch
 from fastnas.search.checkpoint import RandomState, save_checkpoint
 from fastnas.search.files import write_json, write_text
@@ -55,6 +57,8 @@ class Evaluation(Resumable):
             :class:`GenotypeSource`, where it is to be of a space with another's genotypes.
         data: images to use instead of ``config.data``, as they are.
         progress: told what happens; lines of text on standard output by default.
+        group: the processes that train together (:mod:`fastnas.parallel`). Each takes its share of
+            every batch; the first writes the files and tells how it goes.
 
     Attributes:
         network: the network.
@@ -81,8 +85,9 @@ class Evaluation(Resumable):
         genotype: Any = None,
         data: Data | None = None,
         progress: Progress | None = None,
+        group: Group = ALONE,
     ) -> None:
-        self.device = config.torch_device()
+        self.device = group.place(config.torch_device())
         check_threads(config.threads)
         if genotype is None:
             self.source = config.find_source()
@@ -93,8 +98,10 @@ class Evaluation(Resumable):
         if data is not None:
             config = with_data(config, data)
         self.config = config = config.resolve(self.source)
+        if not group.leads:
+            progress = Progress()  # which is silent
         self.progress = TextProgress() if progress is None else progress
-        super().__init__(config.to_dict(), config.out, config.resume)
+        super().__init__(config.to_dict(), config.out, config.resume, group)
         if data is None:
             assert config.data is not None  # resolved above
             data = load(config.data, image_size=config.image_size)
@@ -112,8 +119,9 @@ class Evaluation(Resumable):
 
     def _build_batches(self) -> None:
         c, layout = self.config, memory_layout(self.config.memory_format, self.device)
+        size = self.group.batch_size
         self._batches = self.data.train_batches(
-            min(c.batch_size, self.data.num_train),
+            size(c.batch_size, self.data.num_train),
             augment=c.augment,
             device=self.device,
             seed=c.seed,
@@ -122,8 +130,11 @@ class Evaluation(Resumable):
             memory_format=layout,
         )
         self._tests = self.data.test_batches(
-            min(c.batch_size, self.data.num_test), device=self.device, memory_format=layout
+            size(c.batch_size, self.data.num_test, tested=True),
+            device=self.device,
+            memory_format=layout,
         )
+        self._batches.share = self._tests.share = self.group.share
         self.steps_per_epoch = len(self._batches)
 
     def _build_network(self) -> None:
@@ -137,6 +148,7 @@ class Evaluation(Resumable):
         self.network.to(self.device)
         lay_out(self.network, memory_layout(c.memory_format, self.device))
         self._parameters = list(self.network.parameters())
+        self._statistics = list(self.network.buffers())
         self.optimizer = network_sgd(self.network, c)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
         self._criterion = nn.CrossEntropyLoss(label_smoothing=c.label_smoothing)
@@ -160,6 +172,7 @@ class Evaluation(Resumable):
             OSError: a file of the run cannot be written.
         """
         with self._running(self.config.threads, self.config.deterministic):
+            self._meet(self.network)
             if self._directory is not None:
                 write_text(self._directory.genotype, self.source.genotype.to_json())
             self._tell(self.progress.start, self)
@@ -197,7 +210,13 @@ class Evaluation(Resumable):
         self.network.train()
         clock = time.perf_counter()
         for x, y in self._batches.iterate(self.epoch, self.step):
+            if not self.group.leads:
+                # Paths are dropped for each image: the run's generators would repeat those of the
+                # first process. What is drawn is a function of the step, also after a resume.
+                key = (c.seed, self.group.share.rank, self.epoch, self.step)
+                torch.manual_seed(generator_of(*key).initial_seed())
             outcome = self._train_step(x, y)
+            self.group.equalize(self._statistics)
             self.step += 1
             self._train.add(outcome, self.step)
             now = time.perf_counter()
@@ -215,6 +234,7 @@ class Evaluation(Resumable):
 
     def _trial(self, layout: torch.memory_format) -> Step:
         trial = copy.copy(self)
+        trial.group = ALONE  # the others make no trial
         # Together, so that the copied optimizer steps the copied weights.
         trial.network, trial.optimizer, trial._scaler = copy.deepcopy(
             (self.network, self.optimizer, self._scaler)
@@ -239,13 +259,14 @@ class Evaluation(Resumable):
             loss = loss + c.auxiliary_weight * self._criterion(auxiliary, y)
         self.optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
+        self.group.equalize(p.grad for p in self._parameters if p.grad is not None)
         if c.grad_clip > 0:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._parameters, c.grad_clip)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         correct = (logits.detach().argmax(dim=1) == y).sum()
-        return Outcome(task_loss.detach(), correct, y.numel())
+        return Outcome(*self.group.total(task_loss.detach(), correct, y.numel()))
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits in float32, and those of the auxiliary head if there is one in this mode."""
@@ -270,8 +291,8 @@ class Evaluation(Resumable):
                 logits, _ = self._forward(x)
                 loss = nn.functional.cross_entropy(logits, y)
                 ranked = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices == y[:, None]
-            top1.add(Outcome(loss, ranked[:, 0].sum(), len(y)), number)
-            top5.add(Outcome(loss, ranked.sum(), len(y)), number)
+            for meter, correct in ((top1, ranked[:, 0].sum()), (top5, ranked.sum())):
+                meter.add(Outcome(*self.group.total(loss, correct, len(y))), number)
             now = time.perf_counter()
             self._pace.add("test", now - clock)
             clock = now

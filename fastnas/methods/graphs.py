@@ -290,6 +290,8 @@ def with_graphs(learner: Learner, mode: Graphs, tell: Callable[[str], None]) -> 
 
 def obstacle(learner: Learner) -> str | None:
     """What is known to stand in the way of a recording of the learner's steps; None for nothing."""
+    if learner.group.size > 1:
+        return "the processes of a run wait for each other in every step"
     if learner.scaler is not None:
         return "loss scaling looks at the gradients in every step"
     if (reason := learner.method.graph_obstacle() or _undeclared(learner.method)) is not None:

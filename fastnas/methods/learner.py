@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastnas.methods.base import Method, Moment
 from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_state, set_rate
 from fastnas.methods.parameters import ArchParameters
+from fastnas.parallel import ALONE, Group
 from fastnas.spaces.base import Weighting
 
 Batch = tuple[Tensor, Tensor]
@@ -45,6 +46,7 @@ class Learner:
         arch_optimizer: over those of ``arch`` only.
         criterion: ``(logits, labels) -> 0-d loss``.
         weight_criterion: the same in steps of the weights, None for ``criterion``.
+        group: the processes that share each batch; outcomes and gradients are of all of it.
         grad_clip: largest norm of the gradient of the weights, 0 for no clipping.
         arch_grad_clip: the same for the architecture parameters.
         amp: autocast to this type, None for full precision.
@@ -62,6 +64,7 @@ class Learner:
     amp: torch.dtype | None = None
     scaler: torch.amp.GradScaler | None = None
     weight_criterion: Callable[[Tensor, Tensor], Tensor] | None = None
+    group: Group = ALONE
 
     @property
     def lead(self) -> int:
@@ -74,7 +77,10 @@ class Learner:
         weights: Mapping[str, Weighting],
         criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Outcome]:
-        """Task loss of a batch (differentiable) and its outcome."""
+        """Task loss of a batch (differentiable) and its outcome.
+
+        With several processes the loss is of the share that is given, the outcome of all shares.
+        """
         x, y = batch
         with torch.autocast(x.device.type, dtype=self.amp, enabled=self.amp is not None):
             logits = self.supernet(x, weights)
@@ -82,7 +88,7 @@ class Learner:
         loss = (criterion or self.criterion)(logits.float(), y)
         with torch.no_grad():
             correct = (logits.argmax(dim=1) == y).sum()
-        return loss, Outcome(loss.detach(), correct, y.numel())
+        return loss, Outcome(*self.group.total(loss.detach(), correct, y.numel()))
 
     def weight_step(self, batch: Batch, moment: Moment) -> Outcome:
         """Step the weights on a training batch; the architecture is held fixed.
@@ -94,6 +100,9 @@ class Learner:
         loss, outcome = self.forward(batch, weights, self.weight_criterion)
         self.weight_optimizer.zero_grad(set_to_none=True)
         self._scaled(loss).backward()
+        self.group.equalize(
+            p.grad for p in parameters_of(self.weight_optimizer) if p.grad is not None
+        )
         if self.scaler is not None:
             self.scaler.unscale_(self.weight_optimizer)
         if self.grad_clip > 0:
@@ -121,11 +130,13 @@ class Learner:
 
     def gradient(self, loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Gradient of ``loss`` in ``inputs``; zeros where it does not depend on one."""
-        gradient = torch.autograd.grad(
-            self._scaled(loss), inputs, allow_unused=True, materialize_grads=True
+        gradient = self.group.mean(
+            torch.autograd.grad(
+                self._scaled(loss), inputs, allow_unused=True, materialize_grads=True
+            )
         )
         if self.scaler is None:
-            return list(gradient)
+            return gradient
         return list(torch._foreach_mul(gradient, 1.0 / self.scaler.get_scale()))
 
     def apply_architecture_gradient(self, gradient: Sequence[Tensor | None]) -> None:

@@ -16,6 +16,7 @@ from fastnas.data import Endless, EpochBatches, ImageData
 from fastnas.data.interface import Data
 from fastnas.methods import CostTerm, Learner, Target
 from fastnas.methods.optimizers import adam, sgd
+from fastnas.parallel import ALONE, Group
 from fastnas.search.config import SearchConfig, method_class
 from fastnas.search.runtime import amp_dtype, memory_layout
 from fastnas.spaces import get_space
@@ -46,13 +47,15 @@ class Halves:
             batches.memory_format = layout
 
 
-def build_halves(data: Data, config: SearchConfig, device: torch.device) -> Halves:
-    """Batches of both parts of the training images of ``data``."""
+def build_halves(
+    data: Data, config: SearchConfig, device: torch.device, group: Group = ALONE
+) -> Halves:
+    """Batches of both parts of the training images of ``data``, or a process's share of them."""
     first, second = split_images(data, config)
 
     def batches(indices: Tensor, training: bool) -> EpochBatches:
-        return data.train_batches(
-            min(config.batch_size, len(indices)),
+        found = data.train_batches(
+            group.batch_size(config.batch_size, len(indices), tested=not training),
             indices=indices,
             augment=config.augment if training else None,
             device=device,
@@ -62,6 +65,8 @@ def build_halves(data: Data, config: SearchConfig, device: torch.device) -> Halv
             drop_last=training,
             memory_format=memory_layout(config.memory_format, device),
         )
+        found.share = group.share
+        return found
 
     return Halves(batches(first, True), Endless(batches(second, True)), batches(second, False))
 
@@ -126,7 +131,9 @@ def _check_classes(what: str, labels: Tensor, part: Tensor) -> None:
     )
 
 
-def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Learner:
+def build_learner(
+    data: Data, config: SearchConfig, device: torch.device, group: Group = ALONE
+) -> Learner:
     """Supernet, method, architecture parameters and optimizers, newly initialised; eager steps."""
     method_type = method_class(config.method)
     # Not every space knows another way; one that does not was refused by the configuration.
@@ -168,6 +175,7 @@ def build_learner(data: Data, config: SearchConfig, device: torch.device) -> Lea
         amp=amp_dtype(config.amp),
         scaler=torch.amp.GradScaler(device.type) if config.amp == "fp16" else None,
         weight_criterion=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+        group=group,
     )
 
 
@@ -227,6 +235,7 @@ def noise_batch(
     like: EpochBatches, classes: int, device: torch.device, layout: torch.memory_format
 ) -> tuple[Tensor, Tensor]:
     """A batch to time steps with: what is on images costs no time, reading them would."""
-    x = torch.rand(like.batch_size, *like.image_shape, device=device)
-    y = torch.randint(classes, (like.batch_size,), device=device)
+    size = like.batch_size // like.share.size
+    x = torch.rand(size, *like.image_shape, device=device)
+    y = torch.randint(classes, (size,), device=device)
     return x.contiguous(memory_format=layout), y

@@ -124,4 +124,5 @@ def with_new_statistics(
     for batch in batches:
         learner.forward(batch, weights)
         pause()
+    learner.group.equalize(learner.supernet.buffers())
     nn.Module.eval(learner.supernet)

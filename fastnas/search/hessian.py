@@ -62,7 +62,7 @@ def alpha_eigenvalue(learner: Learner, batch: Batch, moment: Moment) -> float:
             allow_unused=True,
             materialize_grads=True,
         )
-        return _flat(rows).double().cpu()
+        return learner.group.mean([_flat(rows).double().cpu()])[0]
 
     return largest_eigenvalue(product, gradient.numel())
 

@@ -21,6 +21,7 @@ from fastnas.data import load
 from fastnas.data.interface import Data
 from fastnas.methods import ArchParameters, Method, Moment, Phase
 from fastnas.methods.graphs import with_graphs
+from fastnas.parallel import ALONE, Group
 from fastnas.search.assembly import build_halves, build_learner, cut_batches, noise_batch
 from fastnas.search.checkpoint import RandomState
 from fastnas.search.collapse import observe
@@ -47,6 +48,8 @@ class Search(Resumable):
         config: everything that decides how it goes.
         data: images to use instead of ``config.data``, as they are.
         progress: told what happens; lines of text on standard output by default.
+        group: the processes that make this search together (:mod:`fastnas.parallel`). Each takes
+            its share of every batch; the first writes the files and tells how it goes.
 
     Attributes:
         learner: supernet, architecture parameters, their optimizers and steps.
@@ -69,30 +72,38 @@ class Search(Resumable):
     runtime_fields = RUNTIME_FIELDS
 
     def __init__(
-        self, config: SearchConfig, *, data: Data | None = None, progress: Progress | None = None
+        self,
+        config: SearchConfig,
+        *,
+        data: Data | None = None,
+        progress: Progress | None = None,
+        group: Group = ALONE,
     ) -> None:
         if data is not None:
             config = with_data(config, data)
         self.config = config
         if not config.resume:
             refuse_idle_values(config)
-        self.device = config.torch_device()
+        self.device = group.place(config.torch_device())
         check_threads(config.threads)
+        if not group.leads:
+            progress = Progress()  # which is silent
         self.progress = TextProgress() if progress is None else progress
         # Before anything that takes time: it checks the folder.
-        super().__init__(config.to_dict(), config.out, config.resume)
+        super().__init__(config.to_dict(), config.out, config.resume, group)
         config = self.config
         self.space = get_space(config.space)
         if data is None:
             data = load(config.data, image_size=config.image_size)
         self.data = data.to(self.device)
-        self.halves = build_halves(self.data, config, self.device)
+        self.halves = build_halves(self.data, config, self.device, group)
         self.steps_per_epoch = len(self.halves.weights)
         self.random = RandomState(config.seed, self.device)
         with self.random.use():
-            learner = build_learner(self.data, config, self.device)
+            learner = build_learner(self.data, config, self.device, group)
         self._remarks: list[str] = []
         self.learner = with_graphs(learner, config.cuda_graphs, self._remarks.append)
+        self._statistics = list(self.supernet.buffers())
         self._train, self._arch = Meter(self.device), Meter(self.device)
         self.pace = Pace()
         self._seconds = 0.0
@@ -174,6 +185,7 @@ class Search(Resumable):
             OSError: a file of the run cannot be written.
         """
         with self._running(self.config.threads, self.config.deterministic):
+            self._meet(self.supernet, self.arch)
             self._tell(self.progress.start, self)
             for cut in cut_batches(self.config.batch_size, self.halves.trained):
                 self._tell(self.progress.note, cut)
@@ -206,6 +218,7 @@ class Search(Resumable):
             moment = self.moment("weights")
             self.learner.set_rate(self._learning_rate(self.step))
             outcome, arch_outcome = self.method.iteration(self.learner, batch, draw, moment)
+            self.group.equalize(self._statistics)
             self.step += 1
             while self._remarks:
                 self._tell(self.progress.note, f"CUDA graphs: off, {self._remarks.pop()}")
@@ -291,6 +304,7 @@ class Search(Resumable):
         self._train.reset()
         self._arch.reset()
         self.epoch, self.step, self._seconds = self.epoch + 1, 0, 0.0
+        self.group.check_same(self.genotype().to_json(), "a genotype")
         if self._directory is not None:
             # The checkpoint holds the history: a kill between these lines loses nothing.
             self._save()
@@ -324,6 +338,7 @@ class Search(Resumable):
 
     def _trial(self, layout: torch.memory_format) -> Step:
         learner, config = copy.deepcopy(self.learner), self.config
+        learner.group = ALONE  # the others make no trial
         learner.lay_out(layout)
         learner.supernet.train()
         train, val = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import json
 import math
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from fastnas.data.interface import Data
+from fastnas.parallel import ALONE, Group
 from fastnas.search.checkpoint import (
     CheckpointError,
     RandomState,
@@ -23,7 +26,7 @@ from fastnas.search.checkpoint import (
 )
 from fastnas.search.files import RunDirectory, read_json
 from fastnas.search.interrupts import Interrupts, RunInterrupted
-from fastnas.search.layout import Step, choose_layout
+from fastnas.search.layout import LayoutChoice, Step, choose_layout
 from fastnas.search.meters import Meter
 from fastnas.search.runtime import is_out_of_memory, memory_layout, runtime
 
@@ -41,6 +44,7 @@ class Resumable(abc.ABC):
         config: the configuration as JSON can hold it.
         out: folder of the run, None to write nothing.
         resume: go on with the run in ``out``.
+        group: the processes that make this run together; the first of them writes its files.
 
     Attributes:
         kind: the word for such a run, also the kind of its checkpoints.
@@ -64,7 +68,10 @@ class Resumable(abc.ABC):
     progress: Any
     steps_per_epoch: int
 
-    def __init__(self, config: Mapping[str, Any], out: str | None, resume: bool) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], out: str | None, resume: bool, group: Group = ALONE
+    ) -> None:
+        self.group = group
         self.epoch = 0
         self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -73,7 +80,11 @@ class Resumable(abc.ABC):
         self._continues = resume
         self._interrupts = Interrupts()
         self._stamp: tuple[int, int] | None = None
-        self._directory = None if out is None else self._open(out)
+        # The other processes open a folder only to read a checkpoint, and let it go after that.
+        if out is None or not (group.leads or resume):
+            self._directory = None
+        else:
+            self._directory = self._open(out)
 
     @property
     def path(self) -> Path | None:
@@ -142,15 +153,18 @@ class Resumable(abc.ABC):
         if self.config.memory_format != "auto":
             return
         steps = self.config.epochs * self.steps_per_epoch
-        # Whatever the trial draws, the run's own generators do not notice.
-        with RandomState(self.config.seed, self.device).use():
-            choice = choose_layout(
-                self._trial,
-                steps,
-                self.device,
-                lambda: self._interrupts.received is not None,
-                self._lead,
-            )
+        choice = None
+        if self.group.leads:
+            # Whatever the trial draws, the run's own generators do not notice.
+            with RandomState(self.config.seed, self.device).use():
+                choice = choose_layout(
+                    self._trial,
+                    steps,
+                    self.device,
+                    lambda: self._interrupts.received is not None,
+                    self._lead,
+                )
+        choice = self._agreed(choice)
         if choice is None:
             return
         self._set_layout(choice.name)
@@ -160,6 +174,23 @@ class Resumable(abc.ABC):
             self._directory.amend_config(memory_format=choice.name)
         if choice.found is not None:
             self._tell(self.progress.note, f"memory format: {choice.found}")
+
+    def _meet(self, *modules: nn.Module) -> None:
+        """Begin together, where several processes make this run."""
+        for module in modules:
+            self.group.check_same_state(module, "weights at the start")
+        if self.group.size > 1:
+            share = self.config.batch_size // self.group.size
+            self._tell(
+                self.progress.note,
+                f"processes: {self.group.size}, each with {share} images of a batch of "
+                f"{self.config.batch_size}",
+            )
+
+    def _agreed(self, choice: LayoutChoice | None) -> LayoutChoice | None:
+        """The choice of the first process, which alone has made the trial."""
+        told = self.group.told(None if choice is None else json.dumps(choice))
+        return None if told is None else LayoutChoice(*json.loads(told))
 
     # --- the time of a run ---------------------------------------------------------------------
 
@@ -221,13 +252,16 @@ class Resumable(abc.ABC):
 
     def _restore(self) -> None:
         """Load the checkpoint of the run to resume, if it got as far as writing one."""
-        assert self._directory is not None
-        checkpoint = self._directory.checkpoint
-        self._stamp = self._directory.stamp()
+        directory = self._directory
+        assert directory is not None
+        if not self.group.leads:
+            self._directory = None
+        checkpoint = directory.checkpoint
+        self._stamp = directory.stamp()
         if not checkpoint.exists():
-            if self._directory.metrics.exists():
+            if directory.metrics.exists():
                 raise CheckpointError(
-                    f"{checkpoint} is missing, but {self._directory.metrics.name} says that epochs "
+                    f"{checkpoint} is missing, but {directory.metrics.name} says that epochs "
                     "were finished: the run cannot be continued"
                 )
             # Killed before the first checkpoint: the seed brings the same run again.
@@ -269,6 +303,9 @@ class Resumable(abc.ABC):
     def _obey(self) -> None:
         """Stop at this boundary between iterations if a signal came."""
         interrupts = self._interrupts
+        # A signal may reach the processes one after the other, or some of them only.
+        if number := self.group.largest(interrupts.received or 0):
+            interrupts.note(number)
         if interrupts.received is None:
             return
         self._check_finite(self.meters())
@@ -280,6 +317,8 @@ class Resumable(abc.ABC):
             if self.config.memory_format != "auto":
                 self._save()
             advice = f"go on with: {self.how_to_go_on()}"
+        # One that ends is the end of all: not before the checkpoint is there.
+        self.group.largest(0)
         raise RunInterrupted(f"{where}; {advice}", interrupts.received)
 
     def _check_finite(self, meters: Mapping[str, Meter]) -> None:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--processes``, and torchrun: a command in several processes ends as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastnas.cli import main
+from fastnas.cli.processes import in_processes
+from fastnas.search import load_checkpoint
+
+SEARCH = ["search", "--epochs", "2", "--batch-size", "16", "--weight-share", "0.1", "--no-gap"]
+TRAIN = ["--epochs", "1", "--C", "4", "--layers", "3"]
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What pip installs as the command ``fastnas``."""
+    path = tmp_path_factory.mktemp("bin") / "fastnas"
+    path.write_text(
+        "import sys\nfrom fastnas_command import main\n"
+        'if __name__ == "__main__":\n    sys.exit(main())\n'
+    )
+    return str(path)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_the_words_for_each_process():
+    words = ["runs/demo", "--epochs", "1", "--arch-betas", "0.5", "0.9", "--augment.flip"]
+    assert in_processes(words) == (1, words)
+    assert in_processes([*words[:3], "--processes", "2", *words[3:]]) == (2, words)
+    assert in_processes(["--processes=3", *words]) == (3, words)
+
+
+@pytest.mark.parametrize("command", ["search", "eval"])
+def test_the_number_of_processes(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    source = ["DARTS_V1"] if command == "eval" else []
+    assert main([command, *source, "--processes", "0"]) == 2
+    assert capsys.readouterr().err == "processes: expected 1 or more, but got 0\n"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert main([command, *source, "--processes", "2"]) == 2
+    assert "expected 1 under torchrun, which starts them itself, but got 2" in (
+        capsys.readouterr().err
+    )
+    started = []
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setattr(
+        f"fastnas.cli.{'evaluate' if command == 'eval' else command}.run_in_processes",
+        lambda number, words: started.append((number, words)) or 0,
+    )
+    assert main([command, *source, "--processes", "2", "--epochs", "3"]) == 0
+    assert started == [(2, [command, *source, "--epochs", "3"])]
+
+
+def test_errors_name_their_process(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["search", "--processes", "0"]) == 2  # RANK may be of another program
+    assert capsys.readouterr().err == "processes: expected 1 or more, but got 0\n"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert main(["search", "--processes", "0"]) == 2
+    assert capsys.readouterr().err == "process 1: processes: expected 1 or more, but got 0\n"
+
+
+@pytest.mark.slow
+def test_two_processes_search_and_train(script, tmp_path):
+    """An error of all, a search that is stopped and goes on, and the training of what it found."""
+    out = str(tmp_path / "run")
+    command = [sys.executable, script]
+    words = [*command, *SEARCH, "--processes", "2", "--out", out]
+    refused = run(*words, "--batch-size", "15")
+    assert refused.returncode == 2
+    assert set(refused.stderr.splitlines()) <= {
+        f"{where}batch_size: expected a multiple of 2, the number of processes that share a batch, "
+        "but got 15"
+        for where in ("", "process 1: ")
+    }
+    assert not Path(out).exists()
+
+    process = subprocess.Popen(
+        words,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = Path(out) / "metrics.jsonl"
+    _wait_for(metrics.exists, process)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "processes: 2, each with 8 images of a batch of 16\n" in output
+    assert errors.count("\n") == 1 and "stopped by Ctrl-C in epoch 2" in errors
+    assert load_checkpoint(Path(out) / "checkpoint.pt", kind="search")["step"] > 0
+
+    resumed = run(*words, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == [1, 2]
+    trained = run(*command, "eval", out, *TRAIN, "--processes", "2")
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.count("test accuracy: ") == 1
+    assert run(*command, "export", f"{out}/eval").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_others(script, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, script, *SEARCH, "--processes", "2", "--out", str(tmp_path / "run")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for((tmp_path / "run" / "metrics.jsonl").exists, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    worker = [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    os.kill(worker[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "another process of this run has ended" in errors
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+def test_torchrun(script, tmp_path):
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = run(*launcher, script, *SEARCH, "--epochs", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "processes: 2, each with 8 images" in done.stdout
+    assert (out / "genotype.json").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_two_gpus(script, tmp_path):
+    out = tmp_path / "run"
+    words = ["--device", "cuda", "--processes", "2", "--out", str(out)]
+    done = run(sys.executable, script, *SEARCH, *words)
+    assert done.returncode == 0, done.stderr
+    assert (out / "genotype.json").exists()
+
+
+def _wait_for(there, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not there():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
