@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,8 @@ from fastnas.evaluate import Evaluation
 from fastnas.evaluate import preset_config as evaluate_preset
 from fastnas.methods import METHODS
 from fastnas.parallel import ALONE, Group, ProcessesError, current_group
-from fastnas.search import RunInterrupted, Search, preset_config
+from fastnas.search import RunInterrupted, Search, layout, preset_config
+from fastnas.search.gap import with_new_statistics
 from fastnas.spaces import SPACES, mbconv
 
 PROCESSES = 2
@@ -131,6 +133,13 @@ def stopped(run: Search | Evaluation, step: int) -> str:
             return super().largest(number)
 
     run.group = Told(group.share, group.local_rank)
+    save = run._save
+
+    def save_slowly() -> None:
+        time.sleep(0.3)  # the others must not leave before
+        save()
+
+    run._save = save_slowly  # type: ignore[method-assign]
     try:
         run.run()
     except RunInterrupted as stop:
@@ -171,6 +180,46 @@ def other_seed(group: Group) -> str:
     except ProcessesError as error:
         return str(error)
     return ""
+
+
+def other_genotype(group: Group) -> str:
+    """The last process derives something of its own in the first epoch."""
+    run = search(group, REAL["tiny"])
+    derive = run.method.derive
+
+    def derive_else(arch: Any, space: Any) -> Any:
+        found = derive(arch, space)
+        (op, source), *rest = found.normal
+        other = "max_pool_3x3" if op == "skip_connect" else "skip_connect"
+        return found if group.leads else replace(found, normal=((other, source), *rest))
+
+    run.method.derive = derive_else  # type: ignore[method-assign]
+    try:
+        run.run()
+    except ProcessesError as error:
+        return str(error)
+    return ""
+
+
+def chosen_layout(group: Group) -> str:
+    """The memory format, of which only the first process makes a trial."""
+    least, layout.LEAST_STEPS = layout.LEAST_STEPS, 1
+    try:
+        run = search(group, REAL["tiny"], memory_format="auto")
+        run.run()
+    finally:
+        layout.LEAST_STEPS = least
+    return str(run.config.memory_format)
+
+
+def new_statistics(group: Group) -> list[torch.Tensor]:
+    """Buffers of the norms after their statistics were made anew from shares of the batches."""
+    run = search(group, REAL["tiny"])
+    weights = run.method.weights(run.arch, run.moment("validation"))
+    batches = run.halves.weights.iterate(0)
+    with torch.no_grad():
+        with_new_statistics(run.learner, batches, weights, lambda: None)
+    return list(run.supernet.buffers())
 
 
 def together(group: Group) -> dict[str, Any]:
@@ -215,6 +264,9 @@ def in_processes(rank: int, path: Path, number: int) -> None:
                 "together": together(group),
                 "masks": masks(group),
                 "other_seed": other_seed(group),
+                "other_genotype": other_genotype(group),
+                "layout": chosen_layout(group),
+                "statistics": new_statistics(group),
                 "evaluation": again(evaluation, group, path / "evaluation", (2, 3)),
             }
             for name in PLAIN:

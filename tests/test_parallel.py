@@ -112,6 +112,22 @@ def test_processes_of_other_weights_do_not_begin(found):
         assert process["other_seed"] == ("process 1 has weights at the start other than process 0")
 
 
+def test_processes_of_other_genotypes_end(found):
+    for process in found:
+        assert process["other_genotype"] == "process 1 has a genotype other than process 0"
+
+
+def test_one_process_chooses_the_memory_format(found):
+    first, second = (process["layout"] for process in found)
+    assert first == second != "auto"
+
+
+def test_new_statistics_are_of_all_shares(found):
+    first, second = (process["statistics"] for process in found)
+    assert any(tensor.abs().sum() > 0 for tensor in first)
+    assert_equal(first, second)
+
+
 # --- without processes -------------------------------------------------------------------------
 
 
