@@ -92,7 +92,7 @@ class Shared(stock.MixedOp):
 
 
 class Extended(stock.MixedOp):
-    def forward(self, x, weights, selected=None):
+    def forward(self, x, weights, selected=()):
         return super().forward(x, weights)
 
 

@@ -156,7 +156,7 @@ def dropping_path(self, s0, s1, weights, drop_prob):
     return nn.functional.dropout(y, drop_prob) if self.training and drop_prob > 0 else y
 
 
-@refused("takes more than s0, s1, weights and weights of edges: drop_prob")
+@refused("takes more than s0, s1, weights and weights of edges, without a plain default: drop_prob")
 def with_another_argument(self, s0, s1, weights, weights2, drop_prob):
     return torch.cat(states_of(self, s0, s1, weights)[2:], 1)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put our mixed ops and nodes into somebody else's supernet, where they are proved to be the same.
 
-A mixed op is found by its shape: a module with a ``ModuleList`` called ``_ops`` and a
+A mixed op is found by its shape: a module with a ``ModuleList`` called ``_ops``, or only one, and a
 ``forward(x, weights)``, with or without a partial-channel ``k`` and pool ``mp``. What its
 ``forward`` computes is not guessed: each distinct form is proved once (``fastnas.nn.proof``). Then
 cells of such mixed ops are made to run node by node (``fastnas.nn.accelerate_cells``).
@@ -10,107 +10,31 @@ cells of such mixed ops are made to run node by node (``fastnas.nn.accelerate_ce
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import FunctionType
 
 import torch
 from torch import nn
 
 from fastnas.nn.accelerate_cells import NodeByNode, cell_obstacle, has_cell_shape, join, separate
-from fastnas.nn.lent import lend, lost_names
+from fastnas.nn.accelerate_report import CELL, Left, Report, Swapped
+from fastnas.nn.lent import ORIGINAL, OURS, hand_over, lent_methods, lost_names
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.proof import CellJudge, Verdict, form_of, judge
 from fastnas.nn.proof.cells import mixed_ops
 from fastnas.nn.proof.reading import EVERY_MODULE_HAS, nested_codes, own_classes
+from fastnas.nn.proof.signature import (
+    arguments_needed,
+    extra_defaults,
+    list_name,
+    parts_in_list,
+    positional,
+)
 
 __all__ = ["Left", "Report", "Swapped", "accelerate", "restore"]
 
-CELL = "Cell"
-_ORIGINAL = "_original"
 _NAMES = ("x", "weights")
-# Attributes of a mixed op of ours that say nothing of the one it replaced.
-_OURS = frozenset(
-    (_ORIGINAL, "_plan", "_forms", "_channels", "skip_zero", "forward", "_compiled_call_impl")
-)
-
-
-@dataclass(frozen=True)
-class Swapped:
-    """A mixed op that is ours now, or a cell of these that runs node by node.
-
-    Attributes:
-        name: where it is in the model, e.g. ``cells.0._ops.3``.
-        kind: ``MixedOp``, ``PartialMixedOp`` or ``Cell``.
-        fused: how many of its candidates end in a BatchNorm that is fused with the sum.
-        candidates: how many there are; in a cell, those of all its mixed ops.
-        apart: how many of them have a BatchNorm, none of which is fused.
-    """
-
-    name: str
-    kind: str
-    fused: int
-    candidates: int
-    apart: int = 0
-
-
-@dataclass(frozen=True)
-class Left:
-    """A module of a mixed op's or a cell's shape that stays as it was.
-
-    Attributes:
-        name: where it is in the model.
-        reason: why, in one clause.
-        difference: the relative difference of what the reason names; None without one.
-    """
-
-    name: str
-    reason: str
-    difference: float | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What ``accelerate`` did; ``str()`` of it is for people.
-
-    Attributes:
-        swapped: the mixed ops that were replaced, then the cells that run node by node.
-        left: those that were not, with the reason.
-    """
-
-    swapped: tuple[Swapped, ...]
-    left: tuple[Left, ...]
-
-    def __str__(self) -> str:
-        if not self.swapped and not self.left:
-            return (
-                "accelerate: found no mixed op to swap, that is, no module with a ModuleList "
-                "named `_ops` and a forward(x, weights) that is not one of ours already"
-            )
-        cells = sum(s.kind == CELL for s in self.swapped)
-        what = f"{len(self.swapped) - cells} mixed ops"
-        what += f" and {cells} cell{'s' * (cells != 1)}" if cells else ""
-        lines = [f"accelerate: {what} swapped, {len(self.left)} left"]
-        kinds = Counter((s.kind, s.fused, s.candidates, s.apart) for s in self.swapped)
-        for (kind, fused, candidates, apart), count in kinds.items():
-            whose = "candidates of its mixed ops" if kind == CELL else "candidates"
-            line = f"  {count} x {kind}: {fused} of {candidates} {whose} with a fused BatchNorm"
-            if apart:
-                line += (
-                    f"; {apart} keep theirs: it is found at the end of a Sequential, or of parts "
-                    "that are called one after the other"
-                )
-            lines.append(line)
-        reasons: dict[tuple[str, float | None], list[str]] = {}
-        for item in self.left:
-            reasons.setdefault((item.reason, item.difference), []).append(item.name)
-        for (reason, difference), names in reasons.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            measured = "" if difference is None else f" (relative difference {difference:.1e})"
-            lines.append(f"  left {names[0] or 'the model itself'}{more}: {reason}{measured}")
-        return "\n".join(lines)
 
 
 def accelerate(model: nn.Module, *, cells: bool = True) -> Report:
@@ -118,23 +42,27 @@ def accelerate(model: nn.Module, *, cells: bool = True) -> Report:
 
     Then its cells run node by node, which is faster than edge by edge, on the same condition.
 
-    The replacement holds the very ``_ops`` of the original, so parameters, buffers, state-dict
-    keys and optimizers built before stay as they are. A mixed op stays in place if its ``forward``
-    takes other arguments, if it has hooks or parts of its own, if its ``forward`` reads settings
-    that may change later, or if it is not proved to be the weighted sum: in output,
-    gradients of input, weights and parameters, and buffers, in training and in evaluation, with
-    weights of any sign and with zeros among them (a mixed op that skips candidates of weight zero
-    is replaced by one that does). Other methods of its class run on the replacement, which has the
-    same candidates and settings; they may set ``k``, as where a search makes its edges wider.
+    The replacement holds the very candidates of the original, in a ``ModuleList`` of the same name,
+    so parameters, buffers, state-dict keys and optimizers built before stay as they are. Where its
+    ``forward`` takes more than x and weights, with a number, a text or None as default, calls that
+    give another value run the original. A mixed op stays in place if it has hooks or parts of its
+    own, if its ``forward`` reads settings that may change later, or if it is not proved to be the
+    weighted sum: in output, gradients of input, weights and parameters, and buffers, in training
+    and in evaluation, with weights of any sign and with zeros among them (a mixed op that skips
+    candidates of weight zero is replaced by one that does). Other methods of its class run on the
+    replacement, which has the same candidates and settings; they may set ``k``, as where a search
+    makes its edges wider.
 
-    A cell is a module with mixed ops in ``_ops``, one from each of two inputs and each node to
-    every later node, and a ``forward(s0, s1, weights)``, maybe with weights of edges after them,
-    that feeds the inputs to ``preprocess0`` and ``preprocess1``, adds up the edges of each node and
+    A cell is a module with mixed ops in ``_ops``, or in its only ``ModuleList``, one from each of
+    two inputs and each node to every later node, and a ``forward(s0, s1, weights)``, maybe with
+    weights of edges and arguments with plain defaults (``drop_prob=0.0``) after them, that feeds
+    the inputs to ``preprocess0`` and ``preprocess1``, adds up the edges of each node and
     concatenates the last nodes. It stays the same object and has the same parts; only its class is
     a subclass of the former one, of the same name. Whenever it is called in another way than was
-    proved (weights in a list, hooks on its mixed ops, settings that changed since), it takes the
-    ``forward`` that it had. It is left if it does more, if it has hooks, reads settings other than
-    integers, names and switches, or draws random numbers, and if one of its mixed ops was left.
+    proved (weights in a list, paths to drop, hooks on its mixed ops, settings that changed since),
+    it takes the ``forward`` that it had. It is left if it does more, if it has hooks, reads
+    settings other than integers, names and switches, or draws random numbers, and if one of its
+    mixed ops was left.
 
     The proof has two legs. In copies, in float64, both are run on random data and compared. And
     what the ``forward`` does beside calling its candidates is followed: it may multiply, add and
@@ -241,12 +169,12 @@ def restore(model: nn.Module) -> int:
         raise TypeError(f"restore: expected an nn.Module, but got {type(model).__name__}")
     restored: dict[int, nn.Module] = {}
     for parent, name, child in _children(model):
-        original = child.__dict__.get(_ORIGINAL)
+        original = child.__dict__.get(ORIGINAL)
         if original is not None:
             parent._modules[name] = original
             restored[id(child)] = child
     for child in restored.values():
-        _hand_over(child, vars(child)[_ORIGINAL])
+        hand_over(child, vars(child)[ORIGINAL])
     joined = [module for module in model.modules() if isinstance(module, NodeByNode)]
     for cell in joined:
         separate(cell)
@@ -265,15 +193,13 @@ def _has_the_shape(module: nn.Module) -> bool:
     """Whether ``module`` looks like a mixed op of somebody else."""
     if isinstance(module, (MixedOp, torch.jit.ScriptModule)):
         return False
-    candidates = module._modules.get("_ops")
-    if not isinstance(candidates, nn.ModuleList) or len(candidates) == 0:
+    candidates = parts_in_list(module)
+    if type(module).__module__.split(".")[0] == "torch" or not len(candidates):
         return False
-    try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):  # a forward that is not Python
+    # Lists of other names are many; what is in this one has to be called with x alone.
+    if list_name(module) != "_ops" and not all(arguments_needed(c) == 1 for c in candidates):
         return False
-    needed = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return len(needed) == 2
+    return arguments_needed(module) == 2
 
 
 class _Surroundings:
@@ -318,9 +244,12 @@ def _parameters(module: nn.Module) -> list[str]:
 
 def _obstacle(module: nn.Module) -> str | None:
     """What keeps ``module`` in place before anything is run; None if nothing does."""
-    if len(_parameters(module)) != 2:
-        return "its forward takes more than x and weights"
-    parts = [name for name in module._modules if name not in ("_ops", "mp")]
+    parameters = positional(module)
+    if parameters is None or extra_defaults(parameters[2:]) is None:
+        more = ", ".join(_parameters(module)[2:])
+        return f"its forward takes more than x and weights, without a plain default: {more}"
+    candidates = list_name(module)
+    parts = [name for name in module._modules if name not in (candidates, "mp")]
     parts += [*module._parameters, *module._buffers]
     if parts:
         return f"it has parts besides its candidates: {', '.join(parts)}"
@@ -332,7 +261,7 @@ def _obstacle(module: nn.Module) -> str | None:
         return "the forward of a part was replaced on that instance, so that it cannot be copied"
     if lost := lost_names(type(module), PartialMixedOp):
         return f"its class defines what ours lacks: {', '.join(lost)}"
-    if type(module._modules["_ops"]) is not nn.ModuleList:
+    if type(parts_in_list(module)) is not nn.ModuleList:
         return "its candidates are in a ModuleList of another class"
     if any(nn.parameter.is_lazy(t) for t in [*module.parameters(), *module.buffers()]):
         return "some of its parameters have no shape yet"
@@ -346,23 +275,15 @@ def _has_own_forward(module: nn.Module) -> bool:
 def _build(module: nn.Module, verdict: Verdict) -> MixedOp:
     """Our mixed op on the candidates of ``module`` itself."""
     ours = verdict.build(module)
+    lent = lent_methods(type(module), MixedOp)
     for name, value in vars(module).items():
         # Settings that the rest of the model may read (``stride``, ``C``, ...).
-        if name not in EVERY_MODULE_HAS | _OURS and not hasattr(ours, name):
+        if name not in EVERY_MODULE_HAS | OURS and (name in lent or not hasattr(ours, name)):
             vars(ours)[name] = value
     # Not a child: the original must not appear in the tree beside its own candidates.
-    vars(ours)[_ORIGINAL] = module
+    vars(ours)[ORIGINAL] = module
     ours.training = module.training
-    lend(ours, type(module))
     return ours
-
-
-def _hand_over(ours: nn.Module, original: nn.Module) -> None:
-    """Give ``original`` what ``ours`` was given in its place."""
-    own = _OURS if "k" in vars(original) else _OURS | {"k"}
-    kept = {name: value for name, value in vars(ours).items() if name not in own}
-    kept["_modules"] = {name: ours._modules[name] for name in original._modules}
-    vars(original).update(kept)
 
 
 def _count(ours: MixedOp) -> tuple[int, int, int]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Let somebody else's cells run node by node, where that is proved to change nothing.
 
-A cell is found by its shape: mixed ops of ours in a ``ModuleList`` called ``_ops``, and a
-``forward`` of two inputs and the weights. It stays the same object with the same children; its
-class becomes a subclass of its own whose ``forward`` runs the nodes, and the original one wherever
-it is called in another way than was proved.
+A cell is found by its shape: mixed ops of ours in a ``ModuleList``, which is called ``_ops`` or is
+the only one, and a ``forward`` of two inputs and the weights. It stays the same object with the
+same children; its class becomes a subclass of its own whose ``forward`` runs the nodes, and the
+original one wherever it is called in another way than was proved.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from fastnas.nn.batch_norm import hook_tables
 from fastnas.nn.cell import count_fits, joins_edges, shares_statistics
 from fastnas.nn.mixed_op import MixedOp
-from fastnas.nn.proof.cells import CellVerdict, Joined, mixed_ops, run_cell
+from fastnas.nn.proof.cells import CellVerdict, Joined, arguments_of, mixed_ops, run_cell
 from fastnas.nn.proof.reading import own_classes
+from fastnas.nn.proof.signature import arguments_needed, split_extra
 
 __all__ = ["NodeByNode", "cell_obstacle", "has_cell_shape", "join", "separate"]
 
@@ -55,6 +56,11 @@ def _bind(
 ) -> tuple[Any, Any, Any, Any] | None:
     """Inputs, weights and weights of edges; None where it has to be the original that is called."""
     names = joined.arguments
+    if joined.extra:
+        others = split_extra(joined.extra, args[len(names) :], kwargs)
+        if others is None:
+            return None
+        args, kwargs = args[: len(names)], others
     by_name = [kwargs[name] for name in names[len(args) :] if name in kwargs]
     given = [*args, *by_name]
     if len(by_name) != len(kwargs) or not 3 <= len(given) <= len(names):
@@ -68,7 +74,7 @@ def _bind(
 
 def _holds(cell: Any, joined: Joined, weights: object, edge_weights: object) -> bool:
     """Whether what was proved speaks of ``cell`` as it is now, and of these weights."""
-    edges = list(cell._ops)
+    edges = mixed_ops(cell)
     if any(getattr(cell, name, None) != value for name, value in joined.settings):
         return False
     if len(edges) != joined.edges or not joins_edges(edges):
@@ -88,15 +94,9 @@ def has_cell_shape(module: nn.Module) -> bool:
         return False
     if type(module).__module__.split(".")[0] == __name__.split(".")[0]:
         return False  # ours run their nodes already
-    edges = module._modules.get("_ops")
-    if not isinstance(edges, nn.ModuleList) or not any(isinstance(e, MixedOp) for e in edges):
+    if not any(isinstance(edge, MixedOp) for edge in mixed_ops(module)):
         return False
-    try:
-        parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):  # a forward that is not Python
-        return False
-    needed = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return len(needed) >= 3
+    return (arguments_needed(module) or 0) >= 3
 
 
 def cell_obstacle(cell: nn.Module) -> str | None:
@@ -111,10 +111,10 @@ def cell_obstacle(cell: nn.Module) -> str | None:
         return "it has no preprocess0 and preprocess1"
     if cell._modules["preprocess0"] is cell._modules["preprocess1"]:
         return "its preprocess0 and preprocess1 are one module"
-    parameters = list(inspect.signature(cell.forward).parameters.values())
-    if len(parameters) > 4 or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+    if arguments_of(cell)[1] is None:
+        parameters = list(inspect.signature(cell.forward).parameters.values())
         more = ", ".join(p.name for p in parameters[4:]) or "any number of arguments"
-        return f"its forward takes more than {_ARGUMENTS}: {more}"
+        return f"its forward takes more than {_ARGUMENTS}, without a plain default: {more}"
     if any(table for name, table in vars(cell).items() if name.endswith("_hooks")):
         return "hooks are registered on it"
     if "forward" in vars(cell):

@@ -13,11 +13,21 @@ import inspect
 from types import FunctionType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from fastnas.nn.mixed_op import MixedOp, Weights
 from fastnas.nn.proof.reading import nested_codes, own_classes
+from fastnas.nn.proof.signature import Defaults, extra_defaults, split_extra
 
-__all__ = ["lend", "lent_methods", "lost_names"]
+__all__ = ["ORIGINAL", "OURS", "hand_over", "lend", "lent_methods", "lost_names"]
+
+ORIGINAL = "_original"
+"""Where a mixed op of ours has the one that it replaced."""
+
+OURS = frozenset(
+    (ORIGINAL, "_plan", "_forms", "_channels", "skip_zero", "forward", "_compiled_call_impl")
+)
+"""Attributes of a mixed op of ours that say nothing of the one it replaced."""
 
 # What a mixed op's class may define and lose: what builds it, or shows it to people.
 _REPLACEABLE = frozenset(
@@ -72,20 +82,60 @@ def _function(value: object) -> FunctionType | None:
     return function if isinstance(function, FunctionType) else None
 
 
-def lend(ours: nn.Module, cls: type) -> None:
-    """Give ``ours`` the methods of ``cls``."""
-    if lent_methods(cls, type(ours)):
-        original: type = type(ours)
-        ours.__class__ = _lending_class(original, cls)
+def lend(ours: MixedOp, cls: Any, name: str) -> None:
+    """Give ``ours`` the methods of ``cls``, its further arguments, and its name for candidates.
+
+    Args:
+        ours: has the candidates of a mixed op of class ``cls``.
+        cls: somebody's.
+        name: what that calls the ``ModuleList`` of its candidates.
+    """
+    if name != "_ops":
+        ours._modules[name] = ours._modules.pop("_ops")
+    if name != "_ops" or _defaults(cls) or lent_methods(cls, type(ours)):
+        base: type = type(ours)
+        ours.__class__ = _lending_class(base, cls, name)
+
+
+def hand_over(ours: nn.Module, original: nn.Module) -> None:
+    """Give ``original`` what ``ours`` was given in its place."""
+    own = OURS if "k" in vars(original) else OURS | {"k"}
+    kept = {name: value for name, value in vars(ours).items() if name not in own}
+    kept["_modules"] = {name: ours._modules[name] for name in original._modules}
+    vars(original).update(kept)
+
+
+def _defaults(cls: type[nn.Module]) -> Defaults:
+    """What the ``forward`` of ``cls`` takes besides x and weights."""
+    return extra_defaults(list(inspect.signature(cls.forward).parameters.values())[3:]) or ()
+
+
+def _forward_of(base: type[MixedOp], defaults: Defaults) -> Any:
+    """The forward of ``base``; with other values of further arguments, that of the original."""
+
+    def forward(self: MixedOp, x: Tensor, weights: Weights, *args: Any, **kwargs: Any) -> Any:
+        if (args or kwargs) and split_extra(defaults, args, kwargs) != {}:
+            original: nn.Module = vars(self)[ORIGINAL]
+            hand_over(self, original)
+            return original.forward(x, weights, *args, **kwargs)
+        return base.forward(self, x, weights)
+
+    return forward
 
 
 @functools.cache
-def _lending_class(base: type, cls: type) -> type:
+def _lending_class(base: type, cls: type, name: str) -> type:
     """The subclass of ``base`` with the methods of ``cls``; it goes by the name of ``base``."""
-    members = {
+    members: dict[str, Any] = {}
+    if name != "_ops":
+        members["_ops"] = property(lambda self: self._modules[name])
+    if defaults := _defaults(cls):
+        members["forward"] = _forward_of(base, defaults)
+    members |= {
         **lent_methods(cls, base),
         "_lent_to": base,
         "_lent_by": cls,
+        "_lent_name": name,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -98,9 +148,10 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     # The class is made here: a pickle names the two that it was made of.
     reduced: Any = object.__reduce_ex__(self, max(int(protocol), 2))
     members = vars(type(self))
-    return (_blank, (members["_lent_to"], members["_lent_by"]), *reduced[2:])
+    made_of = (members["_lent_to"], members["_lent_by"], members["_lent_name"])
+    return (_blank, made_of, *reduced[2:])
 
 
-def _blank(base: type, cls: type) -> Any:
+def _blank(base: type, cls: type, name: str) -> Any:
     """A module of the class made of these, without its state."""
-    return object.__new__(_lending_class(base, cls))
+    return object.__new__(_lending_class(base, cls, name))

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
+from fastnas.nn.proof.settled import Place, is_conditional
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -22,10 +24,11 @@ class Branches:
     It sets the trace function of the thread, as debuggers do, and puts the former one back.
     """
 
-    def __init__(self, codes: Iterable[CodeType]) -> None:
-        """Watch ``codes``."""
+    def __init__(self, codes: Iterable[CodeType], idle: frozenset[Place] = frozenset()) -> None:
+        """Watch ``codes``, apart from what is ``idle`` in them."""
         # By identity: a code object is compared by value, and hashed slowly.
         self._codes = {id(code): code for code in codes}
+        self._idle = idle
         self._kept: set[tuple[int, int, int]] = set()
         self._new: set[tuple[int, int, int]] = set()
 
@@ -73,18 +76,13 @@ class Branches:
                 continue
             instructions = list(dis.get_instructions(code))
             for i, jump in enumerate(instructions[:-1]):
-                if not _is_conditional(jump):
+                if not is_conditional(jump) or (key, jump.offset) in self._idle:
                     continue
                 taken = ways[key, jump.offset]
                 open_ways = {instructions[i + 1].offset, jump.argval} - taken
                 if len(taken) < 2 and not all(_only_raises(instructions, w) for w in open_ways):
                     return _place(code, jump.offset)
         return None
-
-
-def _is_conditional(instruction: dis.Instruction) -> bool:
-    name = instruction.opname
-    return name == "FOR_ITER" or ("JUMP" in name and "_IF_" in name)
 
 
 def _only_raises(instructions: list[dis.Instruction], start: int) -> bool:

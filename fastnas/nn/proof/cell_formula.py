@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastnas.nn.cell import node_starts
 from fastnas.nn.proof.observation import Random, first_difference, one_line, record
 from fastnas.nn.proof.reading import Reading
+from fastnas.nn.proof.signature import list_name, parts_in_list
 from fastnas.nn.proof.stand_ins import StandIn
 from fastnas.nn.proof.watch import Watch
 
@@ -66,7 +67,7 @@ class _EdgeByEdge(nn.Module):
     ) -> Tensor:
         """Add up the edges of every node."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]  # type: ignore[operator]  # modules
-        edges: list[nn.Module] = list(self._ops)  # type: ignore[arg-type]  # a ModuleList
+        edges = list(parts_in_list(self))
         for start in node_starts(INPUTS, len(edges)):
             numbers = range(start, start + len(states))
             outputs = [edges[e](x, weights[e]) for e, x in zip(numbers, states, strict=True)]
@@ -111,7 +112,8 @@ def fault_around_parts(
 
     Args:
         cell: somebody's cell; its parts are not run.
-        shapes: of ``preprocess0``, ``preprocess1`` and ``_ops.0``, ``_ops.1``, ...
+        shapes: of ``preprocess0``, ``preprocess1`` and, in a ModuleList of whatever name,
+            ``_ops.0``, ``_ops.1``, ...
         candidates: how many weights an edge has.
         last: how many of its last states it should concatenate.
         ways: all in which it may be called.
@@ -121,11 +123,11 @@ def fault_around_parts(
     watch = Watch(reading)
     random.seed()
     for batch, tall in ((1, 1), (5, 2)):
-        parts = _stand_ins(shapes, candidates, tall, random)
+        parts = _stand_ins(shapes, list_name(cell) or "_ops", candidates, tall, random)
         theirs = copy.copy(cell)
         vars(theirs).update(_modules=parts, _parameters={}, _buffers={})
         formula = _EdgeByEdge(copy.deepcopy(parts), last)
-        edges = sum(name.startswith("_ops.") for name in shapes)
+        edges = sum("." in name for name in shapes)
         sizes = {"s0": shapes["preprocess0"][0], "s1": shapes["preprocess1"][0]}
         given = {n: random.normal(batch, c, tall * h, w) for n, (c, h, w) in sizes.items()}
         given |= {"weights": random.normal(edges, candidates), "edge weights": random.normal(edges)}
@@ -149,7 +151,7 @@ def fault_around_parts(
 
 
 def _stand_ins(
-    shapes: Shapes, candidates: int, tall: int, random: Random
+    shapes: Shapes, list_of_edges: str, candidates: int, tall: int, random: Random
 ) -> dict[str, nn.Module | None]:
     """Random maps for all parts, of images ``tall`` times as high."""
 
@@ -159,11 +161,11 @@ def _stand_ins(
     parts: dict[str, nn.Module | None] = {}
     edges = nn.ModuleList()
     for name, (x, y) in shapes.items():
-        if name.startswith("_ops."):
+        if "." in name:
             edges.append(_EdgeStandIn(higher(x), higher(y), candidates, random))
         else:
             parts[name] = StandIn(higher(x), higher(y), random)
-    return {**parts, "_ops": edges}
+    return {**parts, list_of_edges: edges}
 
 
 def differs(difference: tuple[str, float], training: bool, *where: str) -> Fault:

@@ -34,12 +34,19 @@ from fastnas.nn.proof.cell_formula import (
 )
 from fastnas.nn.proof.observation import Random, clean_copy, first_difference, one_line
 from fastnas.nn.proof.reading import Reading, read
+from fastnas.nn.proof.signature import (
+    Defaults,
+    extra_defaults,
+    list_name,
+    parts_in_list,
+    positional,
+)
 from fastnas.nn.proof.verdict import channels_of, device_of, dtypes_of, form_of, plain_mode
 
-__all__ = ["CellJudge", "CellVerdict", "Joined", "mixed_ops", "run_cell"]
+__all__ = ["CellJudge", "CellVerdict", "Joined", "arguments_of", "mixed_ops", "run_cell"]
 
 # What a forward may read besides settings.
-_READ = frozenset(("_ops", "preprocess0", "preprocess1", "training"))
+_READ = frozenset(("preprocess0", "preprocess1", "training"))
 _BATCH = 2
 # Not square, as for mixed ops, and small: a cell has all candidates of all its edges. Some want
 # more pixels, to pad with or to pool.
@@ -60,6 +67,8 @@ class Joined(NamedTuple):
     optional: bool
     #: What its forward reads that is fixed when it is built, and should stay so.
     settings: tuple[tuple[str, object], ...]
+    #: Further arguments, after these, and the values that they had.
+    extra: Defaults = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,20 @@ class CellVerdict:
 
 def mixed_ops(cell: nn.Module) -> list[MixedOp]:
     """The edges of a cell whose mixed ops are ours."""
-    return list(cell._ops)  # type: ignore[arg-type]  # a ModuleList of them
+    return list(parts_in_list(cell))  # type: ignore[arg-type]  # a ModuleList of them
+
+
+def arguments_of(cell: nn.Module) -> tuple[list[inspect.Parameter], Defaults | None]:
+    """The arguments of its ``forward`` that are tensors, and the defaults of those after them.
+
+    These are None if they are not arguments with plain defaults.
+    """
+    found = positional(cell)
+    if found is None:
+        return list(inspect.signature(cell.forward).parameters.values()), None
+    # A fourth one is weights of edges, which may be left out, unless it is a number or a name.
+    tensors = 3 if len(found) > 3 and isinstance(found[3].default, (int, float, str)) else 4
+    return found[:tensors], extra_defaults(found[tensors:])
 
 
 def run_cell(
@@ -93,7 +115,8 @@ def run_cell(
     """The ``forward`` of a DARTS cell whose mixed ops are ours, node by node.
 
     Args:
-        cell: has ``preprocess0``, ``preprocess1``, and in ``_ops`` mixed ops that ``joins_edges``.
+        cell: has ``preprocess0``, ``preprocess1``, and in its ``ModuleList`` mixed ops that
+            ``joins_edges``.
         s0: what ``preprocess0`` takes, ``(N, C0, H, W)``.
         s1: what ``preprocess1`` takes, ``(N, C1, H', W')``.
         weights: ``[E, K]``.
@@ -125,9 +148,8 @@ class CellJudge:
     def _judge(self, cell: nn.Module) -> CellVerdict:
         if has_global_hook():
             return CellVerdict("hooks for every module are registered, which the nodes would skip")
-        reading = read(cell)
-        settings = sorted(reading.settings - _READ - _fixed_settings(cell, reading).keys())
-        if settings:
+        reading = read(cell, dict(arguments_of(cell)[1] or ()))
+        if settings := _changing_settings(cell, reading):
             return CellVerdict(f"its forward reads settings that may change: {', '.join(settings)}")
         if reading.fault is not None:
             return CellVerdict(reading.fault)
@@ -169,15 +191,16 @@ class CellJudge:
         if idle:
             return CellVerdict(f"its forward does not call {idle[0]}")
         edges = mixed_ops(cell)
-        width = shapes[f"_ops.{len(edges) - 1}"][1][0]
+        width = shapes[f"{list_name(cell)}.{len(edges) - 1}"][1][0]
         last, rest = divmod(passage.channels, width)
         if rest or not 0 < last <= INPUTS + len(node_starts(INPUTS, len(edges))):
             return CellVerdict("its output is not the concatenation of its last states")
         fault = self._around_parts(subject, shapes, last) or subject.fault_of_nodes(last)
         if fault is not None:
             return CellVerdict(*fault)
-        names = tuple(p.name for p in _arguments(cell))
-        joined = Joined(len(edges), last, names, subject.optional, subject.settings)
+        arguments, extra = arguments_of(cell)
+        names = tuple(p.name for p in arguments)
+        joined = Joined(len(edges), last, names, subject.optional, subject.settings, extra or ())
         return CellVerdict(None, None, joined)
 
     def _around_parts(self, subject: _Subject, shapes: Shapes, last: int) -> Fault | None:
@@ -205,12 +228,15 @@ def _fixed_settings(cell: nn.Module, reading: Reading) -> dict[str, object]:
     A list would be the same object after it changed, and what a property returns may change in the
     middle; a float is a factor, and those are made to change.
     """
-    found = {n: inspect.getattr_static(cell, n, ...) for n in sorted(reading.settings - _READ)}
+    names = sorted(reading.settings - _READ - {list_name(cell)})
+    found = {n: inspect.getattr_static(cell, n, ...) for n in names}
     return {n: v for n, v in found.items() if isinstance(v, (bool, int, str, type(None)))}
 
 
-def _arguments(cell: nn.Module) -> list[inspect.Parameter]:
-    return list(inspect.signature(cell.forward).parameters.values())
+def _changing_settings(cell: nn.Module, reading: Reading) -> list[str]:
+    """What the forward reads that may be another at a later call."""
+    known = _READ | {list_name(cell)} | _fixed_settings(cell, reading).keys()
+    return sorted(reading.settings - known)
 
 
 def _parts(cell: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -219,7 +245,7 @@ def _parts(cell: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if name in ("preprocess0", "preprocess1"):
             yield name, part
     for number, edge in enumerate(mixed_ops(cell)):
-        yield f"_ops.{number}", edge
+        yield f"{list_name(cell)}.{number}", edge
 
 
 def _make_inputs(
@@ -258,7 +284,7 @@ def _pass(twin: nn.Module, given: Mapping[str, Tensor], random: Random) -> _Pass
         return hook
 
     handles = [part.register_forward_hook(note(name)) for name, part in _parts(twin)]
-    arguments = [*given.values()][: max(len(_arguments(twin)), 3)]
+    arguments = [*given.values()][: max(len(arguments_of(twin)[0]), 3)]
     random.seed()
     before = _generator_state(random)
     try:
@@ -289,7 +315,7 @@ class _Subject:
     ) -> None:
         self.cell, self.random, self.reading = cell, random, reading
         self._twin, self._given = twin, given
-        parameters = _arguments(cell)
+        parameters, _ = arguments_of(cell)
         self.optional = len(parameters) > 3 and parameters[3].default is None
         self.ways = tuple(self._find_ways(len(parameters)))
         self.settings = tuple(_fixed_settings(cell, reading).items())

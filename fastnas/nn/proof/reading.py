@@ -12,14 +12,16 @@ from __future__ import annotations
 import builtins
 import dis
 import inspect
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import CodeType, FunctionType, ModuleType, NoneType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from fastnas.nn.proof.settled import PLAIN, Place, idle_instructions, nested_codes
 
 __all__ = ["EVERY_MODULE_HAS", "OPERATIONS", "Reading", "nested_codes", "own_classes", "read"]
 
@@ -71,12 +73,14 @@ class Reading:
         settings: the names among them that are settings, children or class attributes.
         numbers: the integers written in them.
         fault: why the code may do more than multiply, add and rearrange tensors; None if not.
+        idle: what of the codes was not read, as it does not run with the defaults of arguments.
     """
 
     codes: tuple[CodeType, ...]
     settings: frozenset[str]
     numbers: frozenset[int]
     fault: str | None
+    idle: frozenset[Place] = frozenset()
 
 
 def own_classes(cls: type[nn.Module]) -> list[type]:
@@ -84,30 +88,30 @@ def own_classes(cls: type[nn.Module]) -> list[type]:
     return [c for c in cls.__mro__ if c not in nn.Module.__mro__]
 
 
-def read(module: nn.Module) -> Reading:
-    """Read the ``forward`` of the module's class, and what it calls."""
-    reader = _Reader(module)
+def read(module: nn.Module, defaults: Mapping[str, object] | None = None) -> Reading:
+    """Read the ``forward`` of the module's class, and what it calls.
+
+    Args:
+        module: somebody's.
+        defaults: arguments that have these values in all calls that it is read for.
+    """
+    reader = _Reader(module, defaults or {})
     reader.read_forward()
     return Reading(
         tuple(code for f in reader.functions for code in nested_codes(f.__code__)),
         frozenset(reader.settings),
         frozenset(reader.numbers),
         reader.fault(),
+        reader.idle,
     )
-
-
-def nested_codes(code: CodeType) -> Iterator[CodeType]:
-    """``code`` and that of the functions and comprehensions inside it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from nested_codes(constant)
 
 
 class _Reader:
     """Walks from function to function."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, defaults: Mapping[str, object]) -> None:
+        self.idle: frozenset[Place] = frozenset()
+        self._defaults = defaults
         self.functions: dict[FunctionType, None] = {}
         self.settings: set[str] = set()
         self.numbers: set[int] = set()
@@ -127,6 +131,7 @@ class _Reader:
         """Judge ``forward``, and whatever it may call."""
         forward = inspect.getattr_static(self._cls, "forward")
         if forward in self.methods.get("forward", []):
+            self.idle = idle_instructions(forward.__code__, self._defaults)
             self.read_function(forward)
         else:
             self._blame("is not a function written in Python")
@@ -146,21 +151,24 @@ class _Reader:
             return
         self.functions[function] = None
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        if not all(isinstance(d, (bool, int, float, str, NoneType)) for d in defaults):
+        if not all(isinstance(d, PLAIN) for d in defaults):
             self._blame("keeps values in default arguments", function.__name__)
         for name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
             if name != "__class__":  # of super()
                 self._judge(name, _contents(cell))
-        for code in nested_codes(function.__code__):
-            self._read_code(code, function.__globals__)
+        self._read_code(function.__code__, function.__globals__)
 
     def _read_code(self, code: CodeType, variables: dict[str, Any]) -> None:
         module: ModuleType | None = None  # that the instruction before this one loaded
         instructions = [i for i in dis.get_instructions(code) if i.opname != "EXTENDED_ARG"]
         for k, instruction in enumerate(instructions):
             operation, name = instruction.opname, instruction.argval
+            if (id(code), instruction.offset) in self.idle:
+                continue
+            if isinstance(name, CodeType):
+                self._read_code(name, variables)
             if operation in _STATEMENTS:
                 self._blame(_STATEMENTS[operation], name if "ATTR" in operation else "")
             elif operation in _COMPARISONS and not _decides_a_jump(instructions[k + 1 :]):

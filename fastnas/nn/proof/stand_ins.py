@@ -27,6 +27,7 @@ from fastnas.nn.proof.observation import (
     one_line,
 )
 from fastnas.nn.proof.reading import Reading
+from fastnas.nn.proof.signature import list_name, parts_in_list
 from fastnas.nn.proof.watch import Watch, opaque
 
 __all__ = ["StandIn", "fault_around_candidates"]
@@ -97,7 +98,7 @@ def fault_around_candidates(
     for setup in _setups(module, reading, x, y):
         mixed = part if setup.k is None else x.shape[1] // setup.k
         shapes = (mixed, *setup.size), (y.shape[1] - x.shape[1] + mixed, *setup.out)
-        stand_ins = [StandIn(*shapes, random) for _ in _candidates(module)]
+        stand_ins = [StandIn(*shapes, random) for _ in parts_in_list(module)]
         theirs, ours = (_dress(module, setup, copy.deepcopy(stand_ins)) for _ in range(2))
         ours = build(ours)
         if setup.k is not None:
@@ -105,7 +106,7 @@ def fault_around_candidates(
         if (pool := theirs._modules.get("mp")) is not None:
             opaque(pool)
         for trial in _trials(setup, x.shape[1], len(stand_ins), random):
-            for stand_in in [*_candidates(theirs), *_candidates(ours)]:
+            for stand_in in [*parts_in_list(theirs), *parts_in_list(ours)]:
                 stand_in.calls.zero_()
             try:
                 expected = observe(theirs, trial, random, watch)
@@ -134,12 +135,6 @@ def _compare(
     return found and (f"it computes something else: {found[0]} differs", found[1])
 
 
-def _candidates(module: nn.Module) -> nn.ModuleList:
-    candidates = module._modules["_ops"]
-    assert isinstance(candidates, nn.ModuleList)
-    return candidates
-
-
 def _setups(module: nn.Module, reading: Reading, x: Tensor, y: Tensor) -> Iterator[Setup]:
     """The sizes that the real candidates give, in other batches; then the usual other ones.
 
@@ -161,7 +156,7 @@ def _setups(module: nn.Module, reading: Reading, x: Tensor, y: Tensor) -> Iterat
 def _dress(module: nn.Module, setup: Setup, stand_ins: list[StandIn]) -> nn.Module:
     """``module`` with stand-ins for candidates; its class and settings are the same."""
     twin = copy.copy(module)
-    vars(twin)["_modules"] = {"_ops": nn.ModuleList(stand_ins)}
+    vars(twin)["_modules"] = {list_name(module): nn.ModuleList(stand_ins)}
     if setup.k is not None:
         vars(twin)["k"] = setup.k
     if (pool := module._modules.get("mp")) is not None:

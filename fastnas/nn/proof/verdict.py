@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastnas.nn.batch_norm import FORMS, Form, has_global_hook
 from fastnas.nn.carriers import carrying_anything
-from fastnas.nn.lent import lent_methods
+from fastnas.nn.lent import lend, lent_methods
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.proof.forms import proved_forms
@@ -26,12 +26,13 @@ from fastnas.nn.proof.observation import (
     one_line,
 )
 from fastnas.nn.proof.reading import EVERY_MODULE_HAS, Reading, read
+from fastnas.nn.proof.signature import extra_defaults, list_name, parts_in_list, positional
 from fastnas.nn.proof.stand_ins import fault_around_candidates
 
 __all__ = ["Verdict", "channels_of", "device_of", "dtypes_of", "form_of", "judge", "plain_mode"]
 
 # Settings of the published mixed ops that are fixed when the edge is built.
-_FIXED = frozenset({"_ops", "mp", "k", "training", "stride", "C"})
+_FIXED = frozenset({"mp", "k", "training", "stride", "C"})
 _BATCH = 3
 # Not square: an op that confuses height with width shows itself. The larger ones are for candidates
 # that want more pixels, to pad with or to pool.
@@ -61,7 +62,7 @@ class Verdict:
 
     def build(self, module: nn.Module) -> MixedOp:
         """Our mixed op on the very candidates (and pool) of ``module``."""
-        candidates = _candidates(module)
+        candidates = parts_in_list(module)
         ours: MixedOp
         if self.k is not None:
             ours = PartialMixedOp.from_candidates(
@@ -71,6 +72,7 @@ class Verdict:
                 ours._modules["mp"] = pool
         else:
             ours = MixedOp.from_candidates(candidates, skip_zero=self.skip_zero, forms=self.forms)
+        lend(ours, type(module), list_name(module) or "_ops")
         return ours
 
 
@@ -101,11 +103,12 @@ def judge(module: nn.Module) -> Verdict:
     """Compare ``module`` with our mixed op on its candidates, in copies of both."""
     if has_global_hook():
         return Verdict("hooks for every module are registered, which the fused way would bypass")
-    reading = read(module)
-    settings = sorted(reading.settings - _FIXED)
+    parameters = positional(module) or []
+    reading = read(module, dict(extra_defaults(parameters[2:]) or ()))
+    settings = sorted(reading.settings - _FIXED - {list_name(module)})
     if settings:
         return Verdict(f"its forward reads settings that may change: {', '.join(settings)}")
-    channels = channels_of(_candidates(module))
+    channels = channels_of(parts_in_list(module))
     if channels is None:
         return Verdict("no Conv2d or BatchNorm2d among its candidates says what x is")
     device = device_of(module)
@@ -130,14 +133,14 @@ def _judge(module: nn.Module, reading: Reading, channels: int, device: torch.dev
             continue
         verdict = proof.with_candidates()
         if verdict.reason is None and lent_methods(type(module), PartialMixedOp):
-            verdict = _with_methods(verdict, reading)
+            verdict = _with_methods(module, verdict, reading)
         return verdict if verdict.reason else proof.around_candidates(verdict, reading)
     return verdict
 
 
-def _with_methods(verdict: Verdict, reading: Reading) -> Verdict:
+def _with_methods(module: nn.Module, verdict: Verdict, reading: Reading) -> Verdict:
     """Whether what the methods of a mixed op may set means the same to ours."""
-    followed = {"_ops", "training"} | ({"k", "mp"} if verdict.k is not None else set())
+    followed = {list_name(module), "training"} | ({"k", "mp"} if verdict.k is not None else set())
     settings = sorted(reading.settings - followed)
     if settings:
         return Verdict(
@@ -191,12 +194,6 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _candidates(module: nn.Module) -> nn.ModuleList:
-    candidates = module._modules["_ops"]
-    assert isinstance(candidates, nn.ModuleList)
-    return candidates
-
-
 def channels_of(module: nn.Module) -> int | None:
     """How many channels ``module`` expects, read off a convolution or a BatchNorm inside."""
     parts = list(module.modules())
@@ -230,7 +227,7 @@ class _Proof:
             random: the source of everything.
         """
         self._module, self._k, self._random = module, k, random
-        count = len(_candidates(module))
+        count = len(parts_in_list(module))
         channels, *size = image
         self._part = random.normal(_BATCH, channels, *size)
         self._x = random.normal(_BATCH, channels * (k or 1), *size)
@@ -252,7 +249,7 @@ class _Proof:
     def with_candidates(self) -> Verdict:
         """Find out whether one of our two ways with zero weights gives what was expected."""
         module, dtype = self._module, self._random.dtype
-        forms = {**FORMS, **proved_forms(_candidates(module), self._part)}
+        forms = {**FORMS, **proved_forms(parts_in_list(module), self._part)}
         reasons = []
         for skip_zero in (False, True):
             verdict = Verdict(None, None, self._k, skip_zero, forms)

@@ -36,7 +36,7 @@ class Watch:
     def __init__(self, reading: Reading) -> None:
         """Watch the code of ``reading``."""
         self._fault = reading.fault
-        self._branches = Branches(reading.codes)
+        self._branches = Branches(reading.codes, reading.idle)
         self._more: dict[str, None] = {}
 
     @contextmanager
