@@ -74,6 +74,7 @@ _MBCONV = {
 REAL = {
     "tiny": {"method": "pc_darts"},
     "entrannas": {"method": "entrannas", "space": "darts", "val_batches": 1},
+    "entrannas_dst": {"method": "entrannas_dst", "space": "darts", "val_batches": 1},
     "two": {**_MBCONV, "options": options("proxyless", estimator="two", arch_every=2)},
     "reinforce": {
         **_MBCONV,
@@ -162,14 +163,14 @@ def again(make: Callable[..., Any], group: Group, path: Path, steps: tuple[int, 
 def masks(group: Group) -> Any:
     """This process's generator in the steps in which an evaluation drops paths."""
     run, drawn = evaluation(group), []
-    step = run._train_step
+    step = run.trainee.step
 
     def train_step(x: torch.Tensor, y: torch.Tensor) -> Any:
         if run.network.drop_path_prob:
             drawn.append(torch.get_rng_state())
         return step(x, y)
 
-    run._train_step = train_step  # type: ignore[method-assign]
+    run.trainee.step = train_step  # type: ignore[method-assign]
     run.run()
     return drawn
 

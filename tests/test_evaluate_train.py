@@ -107,7 +107,7 @@ def test_nesterov_and_decay_of_norms(norm_decay):
     before = {name: p.detach().clone() for name, p in run.network.named_parameters()}
     x, y = next(run._batches.iterate(0))
     run.network.train()
-    run._train_step(x, y)
+    run.trainee.step(x, y)
     bare = [m for m in run.network.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
     bare = {} if norm_decay else {p for m in bare for p in m.parameters()}
     assert norm_decay or 0 < len(bare) < len(before)
@@ -129,8 +129,8 @@ def test_loss_is_smoothed_and_takes_in_the_auxiliary_head(monkeypatch):
     total = main - 0.4 * (smooth * auxiliary.log_softmax(1)).sum(1).mean()
     parameters = list(run.network.parameters())
     wanted = torch.autograd.grad(total, parameters)
-    monkeypatch.setattr(run.optimizer, "step", lambda *args, **kwargs: None)
-    outcome = run._train_step(x, y)
+    monkeypatch.setattr(run.trainee.optimizer, "step", lambda *args, **kwargs: None)
+    outcome = run.trainee.step(x, y)
     torch.testing.assert_close(outcome.loss, main.detach())
     for parameter, gradient in zip(parameters, wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
@@ -138,9 +138,9 @@ def test_loss_is_smoothed_and_takes_in_the_auxiliary_head(monkeypatch):
 
 def test_gradient_norm_is_clipped(monkeypatch):
     run = evaluation(grad_clip=0.01)
-    monkeypatch.setattr(run.optimizer, "step", lambda *args, **kwargs: None)
+    monkeypatch.setattr(run.trainee.optimizer, "step", lambda *args, **kwargs: None)
     run.network.train()
-    run._train_step(*next(run._batches.iterate(0)))
+    run.trainee.step(*next(run._batches.iterate(0)))
     gradients = [p.grad for p in run.network.parameters()]
     assert nn.utils.get_total_norm(gradients).item() == pytest.approx(0.01, rel=1e-3)
 
@@ -198,7 +198,7 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path):
 
 def test_weights_ruined_by_the_last_step_are_not_saved(tmp_path, monkeypatch):
     run = evaluation(out=str(tmp_path / "run"), epochs=1)
-    train_step, steps = run._train_step, run.steps_per_epoch
+    train_step, steps = run.trainee.step, run.steps_per_epoch
 
     def ruin(x, y):
         outcome = train_step(x, y)
@@ -207,7 +207,7 @@ def test_weights_ruined_by_the_last_step_are_not_saved(tmp_path, monkeypatch):
                 next(run.network.parameters()).fill_(math.nan)
         return outcome
 
-    monkeypatch.setattr(run, "_train_step", ruin)
+    monkeypatch.setattr(run.trainee, "step", ruin)
     with pytest.raises(NonFiniteLossError, match="loss of the test images became nan"):
         run.run()
     assert not (tmp_path / "run" / "checkpoint.pt").exists()

@@ -9,18 +9,16 @@ done, bit for bit on a CPU.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastnas.data import Data, load
 from fastnas.data.batches import generator_of
 from fastnas.evaluate.config import RUNTIME_FIELDS, EvaluateConfig
-from fastnas.evaluate.optimizer import network_sgd
 from fastnas.evaluate.progress import Progress, StepReport, TextProgress
 from fastnas.evaluate.result import (
     NETWORK_KIND,
@@ -29,17 +27,17 @@ from fastnas.evaluate.result import (
     network_state,
 )
 from fastnas.evaluate.source import GenotypeSource, space_of
+from fastnas.evaluate.trainee import Trainee
 from fastnas.methods import Outcome
-from fastnas.methods.optimizers import follow_layout, load_optimizer, optimizer_state, set_rate
 from fastnas.parallel import ALONE, Group
-from fastnas.search.assembly import cut_batches, lay_out, noise_batch
+from fastnas.search.assembly import cut_batches, noise_batch
 from fastnas.search.checkpoint import RandomState, save_checkpoint
 from fastnas.search.files import write_json, write_text
 from fastnas.search.idle import with_data
 from fastnas.search.layout import Step
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.resumable import Resumable, data_identity
-from fastnas.search.runtime import amp_dtype, check_threads, memory_layout
+from fastnas.search.runtime import check_threads, memory_layout
 from fastnas.search.schedule import learning_rate
 from fastnas.spaces import count_operations, count_parameters, get_space
 
@@ -61,7 +59,7 @@ class Evaluation(Resumable):
             every batch; the first writes the files and tells how it goes.
 
     Attributes:
-        network: the network.
+        trainee: the network with its optimizer.
         source: its genotype, and where it came from.
         parameters: number of its parameters without the auxiliary head.
         steps_per_epoch: batches of an epoch.
@@ -109,7 +107,7 @@ class Evaluation(Resumable):
         self.random = RandomState(config.seed, self.device)
         self._build_batches()
         with self.random.use():
-            self._build_network()
+            self._build_trainee()
         self.best: tuple[float, int] | None = None
         self._train = Meter(self.device)
         self._pace = Pace()
@@ -137,21 +135,20 @@ class Evaluation(Resumable):
         self._batches.share = self._tests.share = self.group.share
         self.steps_per_epoch = len(self._batches)
 
-    def _build_network(self) -> None:
+    def _build_trainee(self) -> None:
         c, data = self.config, self.data
-        self.network: nn.Module = get_space(self.source.space).network(
+        network: nn.Module = get_space(self.source.space).network(
             self.source.genotype, **network_arguments(self.source, c, data)
         )
         # This also runs the network on shapes alone: images that do not fit are refused here.
-        self.operations = count_operations(self.network, (1, data.channels, *data.image_size))
-        self.parameters = count_parameters(self.network)
-        self.network.to(self.device)
-        lay_out(self.network, memory_layout(c.memory_format, self.device))
-        self._parameters = list(self.network.parameters())
-        self._statistics = list(self.network.buffers())
-        self.optimizer = network_sgd(self.network, c)
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
-        self._criterion = nn.CrossEntropyLoss(label_smoothing=c.label_smoothing)
+        self.operations = count_operations(network, (1, data.channels, *data.image_size))
+        self.parameters = count_parameters(network)
+        self.trainee = Trainee(network, c, self.device, self.group)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network."""
+        return self.trainee.network
 
     def size(self) -> str:
         """Width and depth for messages, where the configuration gives them: ``C 8, 5 layers, ``."""
@@ -201,8 +198,7 @@ class Evaluation(Resumable):
             warmup_epochs=c.lr_warmup_epochs,
             decay=c.lr_decay,
         )
-        for group in self.optimizer.param_groups:
-            set_rate(group, lr)
+        self.trainee.set_rate(lr)
         # Rises linearly and stays just below its limit.
         drop_path = c.drop_path * self.epoch / c.epochs
         if "drop_path" in get_space(self.source.space).network_fields:
@@ -215,10 +211,8 @@ class Evaluation(Resumable):
                 # first process. What is drawn is a function of the step, also after a resume.
                 key = (c.seed, self.group.share.rank, self.epoch, self.step)
                 torch.manual_seed(generator_of(*key).initial_seed())
-            outcome = self._train_step(x, y)
-            self.group.equalize(self._statistics)
+            self._train.add(self.trainee.step(x, y), self.step + 1)
             self.step += 1
-            self._train.add(outcome, self.step)
             now = time.perf_counter()
             self._pace.add("plain", now - clock)
             self._seconds += now - clock
@@ -233,49 +227,15 @@ class Evaluation(Resumable):
         self._finish_epoch(top1, top5, lr)
 
     def _trial(self, layout: torch.memory_format) -> Step:
-        trial = copy.copy(self)
-        trial.group = ALONE  # the others make no trial
-        # Together, so that the copied optimizer steps the copied weights.
-        trial.network, trial.optimizer, trial._scaler = copy.deepcopy(
-            (self.network, self.optimizer, self._scaler)
-        )
-        trial._parameters = list(trial.network.parameters())
-        lay_out(trial.network, layout)
-        follow_layout(trial.optimizer)
-        trial.network.train()
+        twin = self.trainee.copy()
+        twin.lay_out(layout)
+        twin.network.train()
         x, y = noise_batch(self._batches, self.data.num_classes, self.device, layout)
-        return lambda: trial._train_step(x, y)
+        return lambda: twin.step(x, y)
 
     def _lay_out(self, layout: torch.memory_format) -> None:
         self._batches.memory_format = self._tests.memory_format = layout
-        lay_out(self.network, layout)
-        follow_layout(self.optimizer)
-
-    def _train_step(self, x: Tensor, y: Tensor) -> Outcome:
-        c = self.config
-        logits, auxiliary = self._forward(x)
-        loss = task_loss = self._criterion(logits, y)
-        if auxiliary is not None:
-            loss = loss + c.auxiliary_weight * self._criterion(auxiliary, y)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(loss).backward()
-        self.group.equalize(p.grad for p in self._parameters if p.grad is not None)
-        if c.grad_clip > 0:
-            self._scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters, c.grad_clip)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        correct = (logits.detach().argmax(dim=1) == y).sum()
-        return Outcome(*self.group.total(task_loss.detach(), correct, y.numel()))
-
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits in float32, and those of the auxiliary head if there is one in this mode."""
-        dtype = amp_dtype(self.config.amp)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            output = self.network(x)
-        if isinstance(output, tuple):
-            return output[0].float(), output[1].float()
-        return output.float(), None
+        self.trainee.lay_out(layout)
 
     def _test(self, lr: float) -> tuple[Meter, Meter]:
         """Test the network: meters whose accuracies are top-1 and top-5.
@@ -288,7 +248,7 @@ class Evaluation(Resumable):
         clock = time.perf_counter()
         for number, (x, y) in enumerate(self._tests.iterate(0), 1):
             with torch.no_grad():
-                logits, _ = self._forward(x)
+                logits, _ = self.trainee.forward(x)
                 loss = nn.functional.cross_entropy(logits, y)
                 ranked = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices == y[:, None]
             for meter, correct in ((top1, ranked[:, 0].sum()), (top5, ranked.sum())):
@@ -375,9 +335,7 @@ class Evaluation(Resumable):
             "seconds": self._seconds,
             "history": list(self.history),
             "best": self.best,
-            "network": self.network.state_dict(),
-            "optimizer": optimizer_state(self.optimizer),
-            "scaler": self._scaler.state_dict(),
+            **self.trainee.state_dict(),
             "meter": self._train.state_dict(),
             "random": self.random.state_dict(),
         }
@@ -391,9 +349,7 @@ class Evaluation(Resumable):
         self._check_state(state, self.data)
         if state["genotype"] != self.source.genotype.to_dict():
             raise ValueError("it is of another genotype (has the search gone on since?)")
-        self.network.load_state_dict(state["network"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
+        self.trainee.load_state_dict(state)
         self._train.load_state_dict(state["meter"])
         self.random.load_state_dict(state["random"])
         self.epoch, self.step = state["epoch"], state["step"]

@@ -7,6 +7,7 @@ takes the format that is usually faster on its kind of device.
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,9 +15,12 @@ from typing import NamedTuple
 import torch
 
 from fastnas._timing import timed
+from fastnas.methods import Learner, Moment
+from fastnas.methods.learner import Batch
+from fastnas.parallel import ALONE
 from fastnas.search.runtime import is_out_of_memory, memory_layout
 
-__all__ = ["LEAST_STEPS", "LayoutChoice", "choose_layout"]
+__all__ = ["LEAST_STEPS", "LayoutChoice", "begin_trial", "choose_layout"]
 
 Step = Callable[[], object]
 
@@ -39,6 +43,35 @@ class LayoutChoice(NamedTuple):
 
     name: str
     found: str | None
+
+
+def begin_trial(
+    learner: Learner,
+    layout: torch.memory_format,
+    train: Batch,
+    draw: Callable[[], Batch] | None,
+    moment: Moment,
+) -> Step:
+    """Set up a copy of a learner in a format; what is returned makes one step of it.
+
+    Args:
+        learner: what is copied; the copy is one of a single process.
+        layout: the format.
+        train: a batch for the weights.
+        draw: gives one for the architecture; None where that is not trained.
+        moment: of each step.
+    """
+    learner = copy.deepcopy(learner)
+    learner.group = ALONE
+    learner.lay_out(layout)
+    learner.supernet.train()
+
+    def step() -> object:
+        return learner.method.iteration(learner, train, draw, moment)
+
+    for _ in range(learner.lead):
+        step()
+    return step
 
 
 def choose_layout(

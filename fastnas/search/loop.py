@@ -9,7 +9,6 @@ on a CPU.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping
 from itertools import islice
@@ -30,7 +29,7 @@ from fastnas.search.files import write_text
 from fastnas.search.frozen import frozen_architecture
 from fastnas.search.gap import BN_BATCHES, Gap, measure_gap
 from fastnas.search.idle import refuse_idle_values, with_data
-from fastnas.search.layout import Step
+from fastnas.search.layout import Step, begin_trial
 from fastnas.search.meters import Meter, Pace
 from fastnas.search.progress import Progress, StepReport, TextProgress
 from fastnas.search.remaining import seconds_left
@@ -337,23 +336,13 @@ class Search(Resumable):
         )
 
     def _trial(self, layout: torch.memory_format) -> Step:
-        learner, config = copy.deepcopy(self.learner), self.config
-        learner.group = ALONE  # the others make no trial
-        learner.lay_out(layout)
-        learner.supernet.train()
         train, val = (
             noise_batch(self.halves.weights, self.data.num_classes, self.device, layout)
             for _ in range(2)
         )
-        draw = None if config.epochs <= config.arch_warmup_epochs else lambda: val
-        moment = self.moment("weights")
-
-        def step() -> object:
-            return learner.method.iteration(learner, train, draw, moment)
-
-        for _ in range(learner.lead):
-            step()
-        return step
+        frozen = self.config.epochs <= self.config.arch_warmup_epochs
+        draw = None if frozen else lambda: val
+        return begin_trial(self.learner, layout, train, draw, self.moment("weights"))
 
     @property
     def _lead(self) -> int:
