@@ -133,6 +133,118 @@ def test_lists_of_other_names(make, joined_calls):  # noqa: F811
     both_cells(model, original, given)
 
 
+class Dag(nn.Module):
+    """A cell as in pt.darts: a list of edges and a matrix of weights for each node."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = 2
+        self.dag = nn.ModuleList()
+        self.preproc0 = stock.FactorizedReduce(6, 4, affine=False)
+        self.preproc1 = stock.ReLUConvBN(8, 4, 1, 1, 0, affine=False)
+        for i in range(self.steps):
+            self.dag.append(nn.ModuleList())
+            for _ in range(2 + i):
+                self.dag[i].append(stock.MixedOp(4, 1, SMALL))
+
+    def forward(self, s0, s1, w_dag):
+        states = [self.preproc0(s0), self.preproc1(s1)]
+        for edges, w_list in zip(self.dag, w_dag, strict=True):
+            s = sum(edges[i](s, w) for i, (s, w) in enumerate(zip(states, w_list, strict=True)))
+            states.append(s)
+        return torch.cat(states[2:], dim=1)
+
+
+class OtherWay(Dag):
+    """Takes its inputs the other way round."""
+
+    def forward(self, s0, s1, w_dag):
+        return super().forward(s1, s0, w_dag)
+
+
+class ByNode(stock.Cell):
+    """Has its edges in one list, and its weights by node."""
+
+    def forward(self, s0, s1, weights):
+        states, edge = [self.preprocess0(s0), self.preprocess1(s1)], 0
+        for w in weights:
+            edges = [self._ops[edge + j](h, w[j]) for j, h in enumerate(states)]
+            edge += len(edges)
+            states.append(sum(edges))
+        return torch.cat(states[2:], dim=1)
+
+
+@pytest.mark.parametrize("make", COPIES, ids=["itself", "deepcopy", "pickle", "saved"])
+@pytest.mark.parametrize(
+    ("build", "count"), [(Dag, 4), (lambda: ByNode(2, 2, 6, 8, 4, False, True), 8)]
+)
+def test_weights_by_node(build, count, make, joined_calls):  # noqa: F811
+    model = randomise_statistics(Cells(build())).double()
+    original, keys = copy.deepcopy(model), list(model.state_dict())
+    report = fastnas.accelerate(model)
+    assert kinds(report) == ["MixedOp"] * 5 + ["Cell"], str(report)
+    assert not report.left
+    assert list(model.state_dict()) == keys
+    model = make(model)
+    s0, s1 = torch.randn(3, 6, 16, 16).double(), torch.randn(3, 8, 8, 8).double()
+    first, second = torch.randn(2, count).double(), torch.randn(3, count).double()
+
+    def seen(net, weights):
+        leaves = [x.clone().requires_grad_() for x in (s0, s1, first, second)]
+        y = net.cells[0](*leaves[:2], weights(*leaves[2:]))
+        named = [*leaves, *net.parameters()]
+        grads = torch.autograd.grad(y.square().sum(), named, allow_unused=True)
+        return {str(n): g for n, g in enumerate((y.detach(), *grads)) if g is not None} | dict(
+            net.named_buffers()
+        )
+
+    for weights, nodes in (
+        (lambda a, b: [a, b], 1),
+        (lambda a, b: (a, b), 1),
+        (lambda a, b: [a, list(b)], 0),
+        (lambda a, b: [list(a), b], 0),
+    ):
+        for training in (True, False):
+            joined_calls.clear()
+            ours, theirs = (seen(net.train(training), weights) for net in (model, original))
+            assert_same(ours, theirs, 1e-10)
+            assert len(joined_calls) == nodes
+    with pytest.raises((ValueError, IndexError)):  # the original's own
+        model.cells[0](s0, s1, [first[:1], second])
+    assert fastnas.restore(model) == 6
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (OtherWay, "does not run on random data"),
+        (lambda: _with_more(Dag()), "nor just two parts besides its mixed ops"),
+        (lambda: _with_one_for_both(Dag()), "its preproc0 and preproc1 are one module"),
+        (lambda: _with_an_edge_more(Dag()), "6 mixed ops are not one from every state"),
+    ],
+)
+def test_cells_of_other_names_that_are_more(build, reason):
+    report = fastnas.accelerate(Cells(build()))
+    assert "Cell" not in kinds(report)
+    (left,) = [item for item in report.left if item.name == "cells.0"]
+    assert reason in left.reason
+
+
+def _with_more(cell):
+    cell.more = nn.ReLU()
+    return cell
+
+
+def _with_one_for_both(cell):
+    cell.preproc0 = cell.preproc1
+    return cell
+
+
+def _with_an_edge_more(cell):
+    cell.dag[1].append(stock.MixedOp(4, 1, SMALL))
+    return cell
+
+
 def test_dropout_inside_keeps_the_cell_edge_by_edge():
     model = randomise_statistics(Cells(SwitchedCell(0.4))).double()
     original = copy.deepcopy(model)

@@ -22,7 +22,7 @@ from fastnas.nn.lent import ORIGINAL, OURS, hand_over, lent_methods, lost_names
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.partial import PartialMixedOp
 from fastnas.nn.proof import CellJudge, Verdict, form_of, judge
-from fastnas.nn.proof.cells import mixed_ops
+from fastnas.nn.proof.cell_parts import mixed_ops
 from fastnas.nn.proof.reading import EVERY_MODULE_HAS, nested_codes, own_classes
 from fastnas.nn.proof.signature import (
     arguments_needed,
@@ -53,16 +53,17 @@ def accelerate(model: nn.Module, *, cells: bool = True) -> Report:
     replacement, which has the same candidates and settings; they may set ``k``, as where a search
     makes its edges wider.
 
-    A cell is a module with mixed ops in ``_ops``, or in its only ``ModuleList``, one from each of
-    two inputs and each node to every later node, and a ``forward(s0, s1, weights)``, maybe with
-    weights of edges and arguments with plain defaults (``drop_prob=0.0``) after them, that feeds
-    the inputs to ``preprocess0`` and ``preprocess1``, adds up the edges of each node and
-    concatenates the last nodes. It stays the same object and has the same parts; only its class is
-    a subclass of the former one, of the same name. Whenever it is called in another way than was
-    proved (weights in a list, paths to drop, hooks on its mixed ops, settings that changed since),
-    it takes the ``forward`` that it had. It is left if it does more, if it has hooks, reads
-    settings other than integers, names and switches, or draws random numbers, and if one of its
-    mixed ops was left.
+    A cell is a module with mixed ops in ``_ops``, or in its only ``ModuleList`` (which may hold one
+    list for each node), one from each of two inputs and each node to every later node, and a
+    ``forward(s0, s1, weights)``, maybe with weights of edges and arguments with plain defaults
+    (``drop_prob=0.0``) after them, that feeds the inputs to ``preprocess0`` and ``preprocess1``, or
+    to the only two parts of other names, adds up the edges of each node and concatenates the last
+    nodes. The weights are one matrix, or a list with one for each node. It stays the same object
+    and has the same parts; only its class is a subclass of the former one, of the same name.
+    Whenever it is called in another way than was proved (weights in a list of lists, paths to drop,
+    hooks on its mixed ops, settings that changed since), it takes the ``forward`` that it had. It
+    is left if it does more, if it has hooks, reads settings other than integers, names and
+    switches, or draws random numbers, and if one of its mixed ops was left.
 
     The proof has two legs. In copies, in float64, both are run on random data and compared. And
     what the ``forward`` does beside calling its candidates is followed: it may multiply, add and

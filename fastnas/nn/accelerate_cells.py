@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fastnas.nn.batch_norm import hook_tables
 from fastnas.nn.cell import count_fits, joins_edges, shares_statistics
 from fastnas.nn.mixed_op import MixedOp
-from fastnas.nn.proof.cells import CellVerdict, Joined, arguments_of, mixed_ops, run_cell
+from fastnas.nn.proof.cell_parts import arguments_of, input_parts, mixed_ops, node_sizes
+from fastnas.nn.proof.cells import CellVerdict, Joined, run_cell
 from fastnas.nn.proof.reading import own_classes
 from fastnas.nn.proof.signature import arguments_needed, split_extra
 
@@ -43,7 +44,10 @@ class NodeByNode:
         given = None if joined is None else _bind(joined, args, kwargs)
         if joined is None or given is None or not _holds(self, joined, given[2], given[3]):
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # of the cell's class
-        return run_cell(self, *given, joined.last)  # type: ignore[arg-type]  # it is a module
+        s0, s1, weights, edge_weights = given
+        if joined.by_node:
+            weights = torch.cat(list(weights))
+        return run_cell(self, s0, s1, weights, edge_weights, joined.last)  # type: ignore[arg-type]  # it is a module
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made here: a pickle names the one it was made of.
@@ -79,7 +83,14 @@ def _holds(cell: Any, joined: Joined, weights: object, edge_weights: object) -> 
         return False
     if len(edges) != joined.edges or not joins_edges(edges):
         return False
-    if not _is_of_shape(weights, (len(edges), len(edges[0]._ops))):
+    count = len(edges[0]._ops)
+    if joined.by_node:
+        sizes = node_sizes(len(edges))
+        if not isinstance(weights, (list, tuple)) or len(weights) != len(sizes):
+            return False
+        if not all(map(_is_of_shape, weights, [(size, count) for size in sizes])):
+            return False
+    elif not _is_of_shape(weights, (len(edges), count)):
         return False
     return edge_weights is None or _is_of_shape(edge_weights, (len(edges),))
 
@@ -107,10 +118,11 @@ def cell_obstacle(cell: nn.Module) -> str | None:
         return f"{others} of its {len(edges)} mixed ops are not ours"
     if not count_fits(2, len(edges)):
         return f"{len(edges)} mixed ops are not one from every state to every later one"
-    if not all(isinstance(cell._modules.get(name), nn.Module) for name in _PREPROCESS):
-        return "it has no preprocess0 and preprocess1"
-    if cell._modules["preprocess0"] is cell._modules["preprocess1"]:
-        return "its preprocess0 and preprocess1 are one module"
+    inputs = input_parts(cell)
+    if inputs is None:
+        return "it has no preprocess0 and preprocess1, nor just two parts besides its mixed ops"
+    if cell._modules[inputs[0]] is cell._modules[inputs[1]]:
+        return f"its {' and '.join(inputs)} are one module"
     if arguments_of(cell)[1] is None:
         parameters = list(inspect.signature(cell.forward).parameters.values())
         more = ", ".join(p.name for p in parameters[4:]) or "any number of arguments"
@@ -124,9 +136,6 @@ def cell_obstacle(cell: nn.Module) -> str | None:
     if any(nn.parameter.is_lazy(t) for t in (*cell.parameters(), *cell.buffers())):
         return "some of its parameters have no shape yet"
     return _obstacle_of_edges(edges) or _obstacle_of_class(type(cell))
-
-
-_PREPROCESS = ("preprocess0", "preprocess1")
 
 
 def _is_script(module: nn.Module) -> bool:

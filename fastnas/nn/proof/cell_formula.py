@@ -12,46 +12,31 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from itertools import product
 from operator import add
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastnas.nn.cell import node_starts
+from fastnas.nn.proof.cell_parts import INPUTS, Way, input_parts, named_parts
 from fastnas.nn.proof.observation import Random, first_difference, one_line, record
 from fastnas.nn.proof.reading import Reading
-from fastnas.nn.proof.signature import list_name, parts_in_list
 from fastnas.nn.proof.stand_ins import StandIn
 from fastnas.nn.proof.watch import Watch
 
 __all__ = [
-    "INPUTS",
     "Fault",
     "Shapes",
-    "Way",
     "differs",
     "fault_around_parts",
     "narrow",
     "observe_cell",
 ]
 
-INPUTS = 2
-
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 """For each part of a cell, by name, the shapes of an image before and after it."""
 
 Fault = tuple[str, float | None]
 """A reason, and the relative difference that belongs to it."""
-
-
-class Way(NamedTuple):
-    """A way to call a cell."""
-
-    name: str
-    #: The arguments that are given.
-    arguments: tuple[str, ...]
-    #: What follows them.
-    more: tuple[None, ...] = ()
 
 
 class _EdgeByEdge(nn.Module):
@@ -66,8 +51,8 @@ class _EdgeByEdge(nn.Module):
         self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None = None
     ) -> Tensor:
         """Add up the edges of every node."""
-        states = [self.preprocess0(s0), self.preprocess1(s1)]  # type: ignore[operator]  # modules
-        edges = list(parts_in_list(self))
+        first, second, *edges = (part for _, part in named_parts(self))
+        states = [first(s0), second(s1)]
         for start in node_starts(INPUTS, len(edges)):
             numbers = range(start, start + len(states))
             outputs = [edges[e](x, weights[e]) for e, x in zip(numbers, states, strict=True)]
@@ -112,8 +97,7 @@ def fault_around_parts(
 
     Args:
         cell: somebody's cell; its parts are not run.
-        shapes: of ``preprocess0``, ``preprocess1`` and, in a ModuleList of whatever name,
-            ``_ops.0``, ``_ops.1``, ...
+        shapes: of what ``named_parts`` of it are.
         candidates: how many weights an edge has.
         last: how many of its last states it should concatenate.
         ways: all in which it may be called.
@@ -123,12 +107,13 @@ def fault_around_parts(
     watch = Watch(reading)
     random.seed()
     for batch, tall in ((1, 1), (5, 2)):
-        parts = _stand_ins(shapes, list_name(cell) or "_ops", candidates, tall, random)
+        parts = _stand_ins(shapes, candidates, tall, random)
         theirs = copy.copy(cell)
         vars(theirs).update(_modules=parts, _parameters={}, _buffers={})
         formula = _EdgeByEdge(copy.deepcopy(parts), last)
         edges = sum("." in name for name in shapes)
-        sizes = {"s0": shapes["preprocess0"][0], "s1": shapes["preprocess1"][0]}
+        inputs = input_parts(cell) or ()
+        sizes = {f"s{n}": shapes[name][0] for n, name in enumerate(inputs)}
         given = {n: random.normal(batch, c, tall * h, w) for n, (c, h, w) in sizes.items()}
         given |= {"weights": random.normal(edges, candidates), "edge weights": random.normal(edges)}
         for training, way in product((True, False), ways):
@@ -138,7 +123,7 @@ def fault_around_parts(
             where = f"random maps, batch of {batch}"
             expected = observe_cell(formula, formula, given, way, training, random)
             try:
-                found = observe_cell(theirs, theirs, given, way, training, random, watch)
+                found = observe_cell(theirs, way.of(theirs), given, way, training, random, watch)
             except Exception as error:  # somebody else's code
                 words = " ".join(filter(None, ("it does not run", way.name, "on", where)))
                 return f"{words}: {one_line(error)}", None
@@ -151,7 +136,7 @@ def fault_around_parts(
 
 
 def _stand_ins(
-    shapes: Shapes, list_of_edges: str, candidates: int, tall: int, random: Random
+    shapes: Shapes, candidates: int, tall: int, random: Random
 ) -> dict[str, nn.Module | None]:
     """Random maps for all parts, of images ``tall`` times as high."""
 
@@ -159,13 +144,20 @@ def _stand_ins(
         return shape[0], tall * shape[1], shape[2]
 
     parts: dict[str, nn.Module | None] = {}
-    edges = nn.ModuleList()
     for name, (x, y) in shapes.items():
         if "." in name:
+            first, *between, _ = name.split(".")
+            edges = parts.setdefault(first, nn.ModuleList())
+            for number in between:  # of the list of a node
+                assert isinstance(edges, nn.ModuleList)
+                if int(number) == len(edges):
+                    edges.append(nn.ModuleList())
+                edges = edges[int(number)]
+            assert isinstance(edges, nn.ModuleList)
             edges.append(_EdgeStandIn(higher(x), higher(y), candidates, random))
         else:
             parts[name] = StandIn(higher(x), higher(y), random)
-    return {**parts, list_of_edges: edges}
+    return parts
 
 
 def differs(difference: tuple[str, float], training: bool, *where: str) -> Fault:

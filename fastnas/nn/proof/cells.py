@@ -10,7 +10,7 @@ beside that formula (``cell_formula``); and in each mode with its real parts, be
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -21,32 +21,30 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fastnas.nn.batch_norm import has_global_hook
 from fastnas.nn.cell import join_states, node_starts, run_nodes
-from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.proof.cell_formula import (
-    INPUTS,
     Fault,
     Shapes,
-    Way,
     differs,
     fault_around_parts,
     narrow,
     observe_cell,
 )
+from fastnas.nn.proof.cell_parts import (
+    INPUTS,
+    Way,
+    arguments_of,
+    input_parts,
+    mixed_ops,
+    named_edges,
+    named_parts,
+)
 from fastnas.nn.proof.observation import Random, clean_copy, first_difference, one_line
 from fastnas.nn.proof.reading import Reading, read
-from fastnas.nn.proof.signature import (
-    Defaults,
-    extra_defaults,
-    list_name,
-    parts_in_list,
-    positional,
-)
+from fastnas.nn.proof.signature import Defaults, list_name
 from fastnas.nn.proof.verdict import channels_of, device_of, dtypes_of, form_of, plain_mode
 
-__all__ = ["CellJudge", "CellVerdict", "Joined", "arguments_of", "mixed_ops", "run_cell"]
+__all__ = ["CellJudge", "CellVerdict", "Joined", "run_cell"]
 
-# What a forward may read besides settings.
-_READ = frozenset(("preprocess0", "preprocess1", "training"))
 _BATCH = 2
 # Not square, as for mixed ops, and small: a cell has all candidates of all its edges. Some want
 # more pixels, to pad with or to pool.
@@ -69,6 +67,8 @@ class Joined(NamedTuple):
     settings: tuple[tuple[str, object], ...]
     #: Further arguments, after these, and the values that they had.
     extra: Defaults = ()
+    #: Whether the weights come as a list, with a matrix for each node.
+    by_node: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,24 +86,6 @@ class CellVerdict:
     joined: Joined | None = None
 
 
-def mixed_ops(cell: nn.Module) -> list[MixedOp]:
-    """The edges of a cell whose mixed ops are ours."""
-    return list(parts_in_list(cell))  # type: ignore[arg-type]  # a ModuleList of them
-
-
-def arguments_of(cell: nn.Module) -> tuple[list[inspect.Parameter], Defaults | None]:
-    """The arguments of its ``forward`` that are tensors, and the defaults of those after them.
-
-    These are None if they are not arguments with plain defaults.
-    """
-    found = positional(cell)
-    if found is None:
-        return list(inspect.signature(cell.forward).parameters.values()), None
-    # A fourth one is weights of edges, which may be left out, unless it is a number or a name.
-    tensors = 3 if len(found) > 3 and isinstance(found[3].default, (int, float, str)) else 4
-    return found[:tensors], extra_defaults(found[tensors:])
-
-
 def run_cell(
     cell: nn.Module,
     s0: Tensor,
@@ -115,15 +97,15 @@ def run_cell(
     """The ``forward`` of a DARTS cell whose mixed ops are ours, node by node.
 
     Args:
-        cell: has ``preprocess0``, ``preprocess1``, and in its ``ModuleList`` mixed ops that
-            ``joins_edges``.
-        s0: what ``preprocess0`` takes, ``(N, C0, H, W)``.
-        s1: what ``preprocess1`` takes, ``(N, C1, H', W')``.
+        cell: has two ``input_parts``, and mixed ops that ``joins_edges``.
+        s0: what the first of these takes, ``(N, C0, H, W)``.
+        s1: what the second one takes, ``(N, C1, H', W')``.
         weights: ``[E, K]``.
         edge_weights: ``[E]``; None for ones.
         last: how many of the last states are concatenated.
     """
-    states = [cell.preprocess0(s0), cell.preprocess1(s1)]  # type: ignore[operator]  # modules
+    first, second = (cell._modules[name] for name in input_parts(cell) or ())
+    states: list[Tensor] = [first(s0), second(s1)]  # type: ignore[misc]  # modules
     if edge_weights is not None:
         # Edge by edge the two are never multiplied with each other, in whatever dtype they have.
         dtype = torch.promote_types(weights.dtype, states[0].dtype)
@@ -171,27 +153,29 @@ class CellJudge:
                 return CellVerdict(f"it cannot be copied for the proof: {one_line(error)}")
             random = Random(device, dtype)
             # The first input may come from before a reduction cell.
-            for size, scale in product(_SIZES, (1, 2)):
+            for by_node, size, scale in product((False, True), _SIZES, (1, 2)):
                 given = _make_inputs(cell, size, scale, random)
                 if given is None:
                     return verdict
+                subject = _Subject(cell, twin, given, random, reading, by_node)
                 try:
-                    passage = _pass(twin, given, random)
+                    passage = subject.pass_through()
                 except Exception as error:
-                    verdict = CellVerdict(f"it does not run on random data: {one_line(error)}")
+                    if not by_node:
+                        verdict = CellVerdict(f"it does not run on random data: {one_line(error)}")
                     continue
-                return self._prove(_Subject(cell, twin, given, random, reading), passage)
+                return self._prove(subject, passage)
         return verdict
 
     def _prove(self, subject: _Subject, passage: _Passage) -> CellVerdict:
         cell, shapes = subject.cell, passage.shapes
         if passage.draws:
             return CellVerdict(_RANDOM)
-        idle = [name for name, _ in _parts(cell) if name not in shapes]
+        idle = [name for name, _ in named_parts(cell) if name not in shapes]
         if idle:
             return CellVerdict(f"its forward does not call {idle[0]}")
-        edges = mixed_ops(cell)
-        width = shapes[f"{list_name(cell)}.{len(edges) - 1}"][1][0]
+        edges = [name for name, _ in named_edges(cell)]
+        width = shapes[edges[-1]][1][0]
         last, rest = divmod(passage.channels, width)
         if rest or not 0 < last <= INPUTS + len(node_starts(INPUTS, len(edges))):
             return CellVerdict("its output is not the concatenation of its last states")
@@ -200,7 +184,15 @@ class CellJudge:
             return CellVerdict(*fault)
         arguments, extra = arguments_of(cell)
         names = tuple(p.name for p in arguments)
-        joined = Joined(len(edges), last, names, subject.optional, subject.settings, extra or ())
+        joined = Joined(
+            len(edges),
+            last,
+            names,
+            subject.optional,
+            subject.settings,
+            extra or (),
+            subject.by_node,
+        )
         return CellVerdict(None, None, joined)
 
     def _around_parts(self, subject: _Subject, shapes: Shapes, last: int) -> Fault | None:
@@ -228,24 +220,20 @@ def _fixed_settings(cell: nn.Module, reading: Reading) -> dict[str, object]:
     A list would be the same object after it changed, and what a property returns may change in the
     middle; a float is a factor, and those are made to change.
     """
-    names = sorted(reading.settings - _READ - {list_name(cell)})
+    names = sorted(reading.settings - _read_of_parts(cell))
     found = {n: inspect.getattr_static(cell, n, ...) for n in names}
     return {n: v for n, v in found.items() if isinstance(v, (bool, int, str, type(None)))}
 
 
 def _changing_settings(cell: nn.Module, reading: Reading) -> list[str]:
     """What the forward reads that may be another at a later call."""
-    known = _READ | {list_name(cell)} | _fixed_settings(cell, reading).keys()
+    known = _read_of_parts(cell) | _fixed_settings(cell, reading).keys()
     return sorted(reading.settings - known)
 
 
-def _parts(cell: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What a DARTS cell calls, in the order of its children."""
-    for name, part in cell.named_children():
-        if name in ("preprocess0", "preprocess1"):
-            yield name, part
-    for number, edge in enumerate(mixed_ops(cell)):
-        yield f"{list_name(cell)}.{number}", edge
+def _read_of_parts(cell: nn.Module) -> set[str | None]:
+    """What a forward may read besides settings."""
+    return {list_name(cell), "training", *(input_parts(cell) or ())}
 
 
 def _make_inputs(
@@ -253,7 +241,9 @@ def _make_inputs(
 ) -> dict[str, Tensor] | None:
     """Arguments of a cell whose first input is ``scale`` times as high and wide as the second."""
     given = {}
-    for name, part, times in (("s0", "preprocess0", scale), ("s1", "preprocess1", 1)):
+    parts = input_parts(cell)
+    assert parts is not None  # seen before anything is run
+    for name, part, times in zip(("s0", "s1"), parts, (scale, 1), strict=True):
         channels = channels_of(cell.get_submodule(part))
         if channels is None:
             return None
@@ -273,29 +263,6 @@ class _Passage(NamedTuple):
     draws: bool
 
 
-def _pass(twin: nn.Module, given: Mapping[str, Tensor], random: Random) -> _Passage:
-    """Run ``twin``, a copy of a cell, which may raise whatever it raises."""
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(part: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-            shapes[name] = tuple(inputs[0].shape[1:]), tuple(y.shape[1:])
-
-        return hook
-
-    handles = [part.register_forward_hook(note(name)) for name, part in _parts(twin)]
-    arguments = [*given.values()][: max(len(arguments_of(twin)[0]), 3)]
-    random.seed()
-    before = _generator_state(random)
-    try:
-        with torch.no_grad():
-            y = twin.train()(*arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _Passage(shapes, y.shape[1], not torch.equal(before, _generator_state(random)))
-
-
 def _generator_state(random: Random) -> Tensor:
     if random.device.type == "cuda":
         return torch.cuda.get_rng_state(random.device)
@@ -312,8 +279,9 @@ class _Subject:
         given: dict[str, Tensor],
         random: Random,
         reading: Reading,
+        by_node: bool,
     ) -> None:
-        self.cell, self.random, self.reading = cell, random, reading
+        self.cell, self.random, self.reading, self.by_node = cell, random, reading, by_node
         self._twin, self._given = twin, given
         parameters, _ = arguments_of(cell)
         self.optional = len(parameters) > 3 and parameters[3].default is None
@@ -323,11 +291,35 @@ class _Subject:
     def _find_ways(self, arguments: int) -> Iterator[Way]:
         three = ("s0", "s1", "weights")
         if arguments > 3:
-            yield Way("with weights of edges", (*three, "edge weights"))
+            yield Way("with weights of edges", (*three, "edge weights"), (), self.by_node)
         if arguments == 3 or self.optional:
-            yield Way("", three)
+            yield Way("", three, (), self.by_node)
         if self.optional:
-            yield Way("with None for weights of edges", three, (None,))
+            yield Way("with None for weights of edges", three, (None,), self.by_node)
+
+    def pass_through(self) -> _Passage:
+        """Run the copy once, which may raise whatever it raises."""
+        shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(part: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+                shapes[name] = tuple(inputs[0].shape[1:]), tuple(y.shape[1:])
+
+            return hook
+
+        twin, random, way = self._twin, self.random, self.ways[0]
+        handles = [part.register_forward_hook(note(name)) for name, part in named_parts(twin)]
+        random.seed()
+        before = _generator_state(random)
+        try:
+            with torch.no_grad():
+                y = way.of(twin.train())(*(self._given[name] for name in way.arguments))
+        finally:
+            for handle in handles:
+                handle.remove()
+        # In the order of the parts, whatever that of the calls.
+        shapes = {name: shapes[name] for name, _ in named_parts(twin) if name in shapes}
+        return _Passage(shapes, y.shape[1], not torch.equal(before, _generator_state(random)))
 
     def fault_of_nodes(self, last: int) -> Fault | None:
         """Compare the cell with ``run_cell``, with its real parts."""
@@ -340,7 +332,7 @@ class _Subject:
 
         for training, way in ((True, self.ways[0]), (False, self.ways[-1])):
             before = [buffer.clone() for buffer in twin.buffers()]
-            expected = observe_cell(twin, twin, given, way, training, random)
+            expected = observe_cell(twin, way.of(twin), given, way, training, random)
             for buffer, value in zip(twin.buffers(), before, strict=True):
                 buffer.copy_(value)
             try:
