@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple
@@ -177,22 +177,25 @@ class Group:
             dist.broadcast_object_list(words, src=0, device=torch.device("cpu"))
         return words[0]
 
-    def check_same(self, text: str, what: str) -> None:
-        """Raise unless all processes give the same text.
+    def check_same(self, texts: Mapping[str, str]) -> None:
+        """Raise unless all processes give the same texts.
+
+        Args:
+            texts: by what they say; these names are the same in all processes.
 
         Raises:
-            ProcessesError: they do not; ``what`` says what differs.
+            ProcessesError: they do not; it names what differs.
         """
-        if self.size == 1:
+        if self.size == 1 or not texts:
             return
-        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
-        own = torch.tensor(int.from_bytes(digest, "big"))
+        own = torch.tensor([_number_of(text) for text in texts.values()])
         others = [torch.empty_like(own) for _ in range(self.size)]
         with _together():
             dist.all_gather(others, own)
         for rank, other in enumerate(others):
-            if int(other) != int(others[0]):
-                raise ProcessesError(f"process {rank} has {what} other than process 0")
+            for what, number, first in zip(texts, other.tolist(), others[0].tolist(), strict=True):
+                if number != first:
+                    raise ProcessesError(f"process {rank} has {what} other than process 0")
 
     def check_same_state(self, module: nn.Module, what: str) -> None:
         """Raise a :class:`ProcessesError` unless a module has the same values everywhere."""
@@ -202,11 +205,16 @@ class Group:
         for tensor in [*module.parameters(), *module.buffers()]:
             values = tensor.detach().cpu().contiguous().view(-1)
             digest.update(values.view(torch.uint8).numpy().tobytes())
-        self.check_same(digest.hexdigest(), what)
+        self.check_same({what: digest.hexdigest()})
 
     def _sum_(self, tensor: Tensor) -> None:
         with _together():
             dist.all_reduce(tensor)
+
+
+def _number_of(text: str) -> int:
+    """A number that two texts share only if they are equal."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 ALONE = Group()

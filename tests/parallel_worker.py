@@ -183,6 +183,31 @@ def other_seed(group: Group) -> str:
     return ""
 
 
+def other_weights(group: Group) -> str:
+    """The last process has made something else of the same seed."""
+    run = search(group, REAL["tiny"])
+    with torch.no_grad():
+        next(run.supernet.parameters()).add_(group.share.rank)
+    try:
+        run.run()
+    except ProcessesError as error:
+        return str(error)
+    return ""
+
+
+def other_images(group: Group, test: bool) -> str:
+    """The processes have other numbers of images to train on, or to test on."""
+    data = images()
+    count = 8 * (group.size - group.share.rank)
+    cut = (data.test_images[:count], data.test_labels[:count])
+    own = replace(data, test_images=cut[0], test_labels=cut[1]) if test else images(96 + count)
+    try:
+        Search(config(), data=own, group=group).run()
+    except ProcessesError as error:
+        return str(error)
+    return ""
+
+
 def other_genotype(group: Group) -> str:
     """The last process derives something of its own in the first epoch."""
     run = search(group, REAL["tiny"])
@@ -236,7 +261,7 @@ def together(group: Group) -> dict[str, Any]:
     group.equalize([*own, counter])
     loss, correct, count = group.total(torch.tensor(1.0 + rank), torch.tensor(3), 4 - rank)
     try:
-        group.check_same(str(rank), "a word")
+        group.check_same({"a name": "", "a word": str(rank)})
         differs = ""
     except ProcessesError as error:
         differs = str(error)
@@ -265,6 +290,8 @@ def in_processes(rank: int, path: Path, number: int) -> None:
                 "together": together(group),
                 "masks": masks(group),
                 "other_seed": other_seed(group),
+                "other_weights": other_weights(group),
+                "other_images": [other_images(group, test) for test in (False, True)],
                 "other_genotype": other_genotype(group),
                 "layout": chosen_layout(group),
                 "statistics": new_statistics(group),

@@ -276,6 +276,10 @@ class Selecting(stock.MixedOp):
 
     def __init__(self):
         super().__init__(4, 1, SMALL)
+        self.label = "by an instance"
+
+    def label(self):
+        return "by the class"
 
     def forward(self, x, weights, selected=None, flip=False):
         if flip:
@@ -293,6 +297,7 @@ def test_a_mixed_op_that_may_run_one_alone():
     x, weights = torch.randn(3, 4, 6, 6).double(), torch.randn(4).double()
     for net in (model, copy.deepcopy(model), saved(model)):
         ours, theirs = net.ops[0], copy.deepcopy(original).ops[0]
+        assert ours.label == "by an instance"
         for training in (True, False):
             for op in (ours, theirs):
                 op.train(training)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnas.cli import main
+from fastnas.cli import SAID, main
 from fastnas.cli.processes import in_processes
 from fastnas.search import load_checkpoint
 
@@ -78,6 +78,18 @@ def test_errors_name_their_process(capsys, monkeypatch):
     assert capsys.readouterr().err == "process 1: processes: expected 1 or more, but got 0\n"
 
 
+def test_errors_of_all_are_said_once(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastnas.cli._PATIENCE", 0.1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setenv(SAID, str(tmp_path))
+    seen = []
+    for rank, processes in (("1", "0"), ("0", "0"), ("1", "0"), ("2", "-1")):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["search", "--processes", processes]) == 2
+        seen.append(capsys.readouterr().err.split(": ")[0])
+    assert seen == ["process 1", "processes", "", "process 2"]
+
+
 @pytest.mark.slow
 def test_two_processes_search_and_train(script, tmp_path):
     """An error of all, a search that is stopped and goes on, and the training of what it found."""
@@ -86,11 +98,10 @@ def test_two_processes_search_and_train(script, tmp_path):
     words = [*command, *SEARCH, "--processes", "2", "--out", out]
     refused = run(*words, "--batch-size", "15")
     assert refused.returncode == 2
-    assert set(refused.stderr.splitlines()) <= {
-        f"{where}batch_size: expected a multiple of 2, the number of processes that share a batch, "
+    assert refused.stderr.splitlines() == [
+        "batch_size: expected a multiple of 2, the number of processes that share a batch, "
         "but got 15"
-        for where in ("", "process 1: ")
-    }
+    ]
     assert not Path(out).exists()
 
     process = subprocess.Popen(

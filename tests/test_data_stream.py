@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from fastnas.data import Augment, Endless, ImageData, StreamedData, from_datasets
-from fastnas.data.stream import GRACE, outlive_signals
+from fastnas.data.stream import GRACE, default_workers, outlive_signals
 
 NUMBERS = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
 EVERYTHING = Augment(crop_padding=2, flip=True, cutout=3, color_jitter=(0.4, 0.4, 0.4, 0.2))
@@ -312,3 +312,13 @@ print("end", flush=True)
     began = time.monotonic()
     assert process.wait(60) == 0
     assert time.monotonic() - began < 0.8 * GRACE
+
+
+def test_workers_are_shared_among_the_processes_of_a_run(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert default_workers() == 8  # it may be of another program
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    for processes, workers in ((1, 8), (2, 6), (4, 3), (100, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert default_workers() == workers

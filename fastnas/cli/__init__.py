@@ -7,14 +7,16 @@ What a command needs is imported when that command runs; ``fastnas --help`` need
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 
-__all__ = ["main"]
+__all__ = ["SAID", "main"]
 
 # Name, module, what it does.
 _COMMANDS = (
@@ -35,6 +37,12 @@ _COMMANDS = (
     ("bench", "fastnas.cli.bench", "Compare the speed of a search step with plain PyTorch, here."),
     ("info", "fastnas.cli.info", "Print versions, devices and the kernels that were built."),
 )
+
+SAID = "FASTNAS_ERRORS_SAID"
+"""The environment variable with the folder in which processes note what the first one has said."""
+
+_PATIENCE = 3.0
+"""Seconds that the others wait for it before they say an error of their own."""
 
 _EXIT_USAGE = 2
 _EXIT_SIGNAL = 128
@@ -67,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _debugging() or not _is_user_error(error):
             raise
-        number = _process()
-        _say_error((f"process {number}: " if number else "") + _sentence(error))
+        number, text = _process(), _sentence(error)
+        if not _said_by_the_first(number, text):
+            _say_error((f"process {number}: " if number else "") + text)
         code = _EXIT_USAGE
     _leave_stdout()
     return code
@@ -134,6 +143,23 @@ def _leave_stdout() -> None:
 def _process() -> int:
     """The number of this process, where torchrun has started several; else 0."""
     return int(os.environ.get("RANK", 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def _said_by_the_first(number: int, text: str) -> bool:
+    """Whether an error is one that process 0 has met as well; if this is process 0, note it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not os.environ.get(SAID):
+        return False
+    note = os.path.join(os.environ[SAID], hashlib.sha256(text.encode()).hexdigest())
+    if not number:
+        with contextlib.suppress(OSError):
+            open(note, "x").close()
+        return False
+    end = time.monotonic() + _PATIENCE
+    while not os.path.exists(note):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _is_user_error(error: Exception) -> bool:

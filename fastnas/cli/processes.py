@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
+from fastnas.cli import SAID
 from fastnas.cli.terminal import error_console
 
 __all__ = ["PROCESSES_HELP", "in_processes", "run_in_processes"]
@@ -63,10 +65,21 @@ def run_in_processes(number: int, words: list[str]) -> int:
         The exit code of the first process that ended with an error, else 0.
     """
     threads = max(1, torch.get_num_threads() // number)
-    with _environment(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(threads))):
-        context: Any = start_processes(
-            _child, (number, _free_port(), words), nprocs=number, join=False, start_method="spawn"
-        )
+    values = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    with tempfile.TemporaryDirectory(prefix="fastnas-") as said:
+        with _environment(**values, **{SAID: said}):
+            context: Any = start_processes(
+                _child,
+                (number, _free_port(), words),
+                nprocs=number,
+                join=False,
+                start_method="spawn",
+            )
+        return _wait_for(context)
+
+
+def _wait_for(context: Any) -> int:
+    """Wait for processes that were started; the exit code of the first that failed, or 0."""
     with _handed_on(context.pids()):
         try:
             while not context.join(grace_period=_GRACE):
@@ -87,6 +100,7 @@ def _child(rank: int, number: int, port: int, words: list[str]) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(number),
         WORLD_SIZE=str(number),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),

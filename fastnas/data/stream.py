@@ -346,6 +346,12 @@ def first_items(dataset: Dataset[Any], count: int) -> Dataset[Any]:
 
 
 def default_workers() -> int:
-    """Return one worker a processor this process may use, at most `MAX_WORKERS`."""
+    """Return one worker a processor this process may use, at most `MAX_WORKERS`.
+
+    Processes of one run share the processors, and each has at least one.
+    """
     usable = getattr(os, "sched_getaffinity", None)
-    return min(MAX_WORKERS, len(usable(0)) if usable else os.cpu_count() or 1)
+    processors = len(usable(0)) if usable else os.cpu_count() or 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        processors //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(MAX_WORKERS, max(1, processors))

@@ -169,7 +169,7 @@ class Evaluation(Resumable):
             OSError: a file of the run cannot be written.
         """
         with self._running(self.config.threads, self.config.deterministic):
-            self._meet(self.network)
+            self._meet(self.data, self.network)
             if self._directory is not None:
                 write_text(self._directory.genotype, self.source.genotype.to_json())
             self._tell(self.progress.start, self)

@@ -184,7 +184,7 @@ class Search(Resumable):
             OSError: a file of the run cannot be written.
         """
         with self._running(self.config.threads, self.config.deterministic):
-            self._meet(self.supernet, self.arch)
+            self._meet(self.data, self.supernet, self.arch)
             self._tell(self.progress.start, self)
             for cut in cut_batches(self.config.batch_size, self.halves.trained):
                 self._tell(self.progress.note, cut)
@@ -303,7 +303,7 @@ class Search(Resumable):
         self._train.reset()
         self._arch.reset()
         self.epoch, self.step, self._seconds = self.epoch + 1, 0, 0.0
-        self.group.check_same(self.genotype().to_json(), "a genotype")
+        self.group.check_same({"a genotype": self.genotype().to_json()})
         if self._directory is not None:
             # The checkpoint holds the history: a kill between these lines loses nothing.
             self._save()

@@ -37,6 +37,10 @@ class NonFiniteLossError(FloatingPointError):
     """A loss became NaN or infinite; the last checkpoint is from before that."""
 
 
+# Settings that processes of one run may have for themselves.
+_OF_A_PROCESS = frozenset(("out", "source", "device", "threads"))
+
+
 class Resumable(abc.ABC):
     """A run in epochs and steps. Subclasses say what its state is and call in at each boundary.
 
@@ -175,8 +179,16 @@ class Resumable(abc.ABC):
         if choice.found is not None:
             self._tell(self.progress.note, f"memory format: {choice.found}")
 
-    def _meet(self, *modules: nn.Module) -> None:
-        """Begin together, where several processes make this run."""
+    def _meet(self, data: Data, *modules: nn.Module) -> None:
+        """Begin together, where several processes make this run.
+
+        With other settings or other numbers of images they would wait for each other for ever.
+        """
+        fields = {n: v for n, v in self.config.to_dict().items() if n not in _OF_A_PROCESS}
+        images = [*data_identity(data), data.num_test]
+        self.group.check_same(
+            {**{name: json.dumps(value) for name, value in fields.items()}, "data": str(images)}
+        )
         for module in modules:
             self.group.check_same_state(module, "weights at the start")
         if self.group.size > 1:

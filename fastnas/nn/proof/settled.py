@@ -158,13 +158,11 @@ def _settled_way(
 def _condition(instructions: Sequence[dis.Instruction], i: int, fixed: Mapping[str, object]) -> Any:
     """What instruction ``i``, a jump, asks for the truth of."""
     start = i
-    negations = 0
     while start > 0 and (
-        instructions[start - 1].opname in ("TO_BOOL", "UNARY_NOT", "NOP", "NOT_TAKEN", "DUP_TOP")
+        instructions[start - 1].opname in ("TO_BOOL", "NOP", "DUP_TOP")
         or (instructions[start - 1].opname == "COPY" and instructions[start - 1].arg == 1)
     ):
         start -= 1
-        negations += instructions[start].opname == "UNARY_NOT"
     found: Any = _UNKNOWN
     last = instructions[start - 1] if start else None
     if last is None:
@@ -177,8 +175,6 @@ def _condition(instructions: Sequence[dis.Instruction], i: int, fixed: Mapping[s
         found = _loaded(last, fixed)
     if found is _UNKNOWN or any(k.is_jump_target for k in instructions[start + 1 : i + 1]):
         return _UNKNOWN
-    for _ in range(negations):
-        found = not found
     return found
 
 

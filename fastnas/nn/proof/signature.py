@@ -80,14 +80,15 @@ def split_extra(
         kwargs: what is given by name, for any argument.
 
     Returns:
-        ``kwargs`` without them; None where one of them has another value, or cannot be given so.
+        ``kwargs`` without them, unless they were given by position as well; None where one has
+        another value, or there are too many.
     """
     if len(args) > len(defaults):
         return None
     rest = dict(kwargs)
     for number, (name, default) in enumerate(defaults):
         if number < len(args):
-            if name in rest or not is_default(args[number], default):
+            if not is_default(args[number], default):
                 return None
         elif not is_default(rest.pop(name, default), default):
             return None
