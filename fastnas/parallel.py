@@ -20,13 +20,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["ALONE", "Group", "ProcessesError", "Share", "current_group", "joined"]
+__all__ = [
+    "ALONE",
+    "MEETING",
+    "Group",
+    "ProcessEndedError",
+    "ProcessesError",
+    "Share",
+    "current_group",
+    "joined",
+]
+
+MEETING = "FASTNAS_PROCESSES_MEET"
+"""The environment variable with the folder in which processes of ``--processes`` find each other.
+
+Those of ``torchrun`` do without.
+"""
 
 _PATIENCE = timedelta(minutes=30)
 
 
 class ProcessesError(RuntimeError):
     """The processes of a run do not go together any more; the message says which and why."""
+
+
+class ProcessEndedError(ProcessesError):
+    """Another process has ended; it has told why, if it could."""
 
 
 class Share(NamedTuple):
@@ -71,6 +90,10 @@ class Group:
         """Whether this is the process that writes files and tells how it goes."""
         return self.share.rank == 0
 
+    def option(self) -> str:
+        """What a command needs beside its other words to have as many processes again."""
+        return f" --processes {self.size}" if self.size > 1 and os.environ.get(MEETING) else ""
+
     def place(self, device: torch.device) -> torch.device:
         """The device of this process: of the GPUs of a machine each takes its own.
 
@@ -110,7 +133,7 @@ class Group:
         if asked % self.size:
             raise ValueError(
                 f"batch_size: expected a multiple of {self.size}, the number of processes that "
-                f"share a batch, but got {asked}"
+                f"share a batch, but got {asked}; take another size, or another number of processes"
             )
         sizes = list(range(most - most % self.size, 0, -self.size))
         if tested:
@@ -167,6 +190,10 @@ class Group:
         with _together():
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        self.largest(0)
 
     def told(self, text: str | None) -> str | None:
         """What the first process gives."""
@@ -227,7 +254,9 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessesError("another process of this run has ended: see what it said") from error
+        raise ProcessEndedError(
+            "another process of this run has ended: see what it said"
+        ) from error
 
 
 def current_group() -> Group:
@@ -247,14 +276,38 @@ def joined() -> Iterator[Group]:
     """Within the block, the processes that ``torchrun`` started are connected.
 
     Yields:
-        The group; one process alone where ``torchrun`` started none, or one.
+        The group; one process alone where ``torchrun`` started none, or one. Where
+        ``torch.distributed`` is initialised already, ``current_group()``, which stays.
+
+    Raises:
+        ValueError: of the variables that ``torchrun`` sets, some are missing.
     """
-    started = dist.is_available() and dist.is_torchelastic_launched()
-    if not started or int(os.environ["WORLD_SIZE"]) == 1:
+    if dist.is_available() and dist.is_initialized():
+        yield current_group()
+        return
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield ALONE
+        return
+    try:
+        rank, size = (int(os.environ.get(name, "")) for name in ("RANK", "WORLD_SIZE"))
+    except ValueError:
+        raise ValueError(
+            "TORCHELASTIC_RUN_ID is set, as torchrun does, but RANK and WORLD_SIZE are not: "
+            "start by torchrun, or unset it"
+        ) from None
+    if size == 1:
         yield ALONE
         return
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
+    # A port that is found free may be taken before it is used; a file is nobody else's.
+    folder = os.environ.get(MEETING)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpus else "gloo",
+        init_method=f"file://{folder}/store" if folder else "env://",
+        rank=rank,
+        world_size=size,
+        timeout=_PATIENCE,
+    )
     try:
         yield current_group()
     except Exception:  # an orderly end would wait for the others, which may be gone

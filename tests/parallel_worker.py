@@ -227,6 +227,22 @@ def other_genotype(group: Group) -> str:
     return ""
 
 
+def files_at_the_end(group: Group, path: Path) -> bool:
+    """Whether another run may read what a search found, as soon as that has returned."""
+    run = search(group, REAL["tiny"], out=path)
+    save = run._save
+
+    def save_slowly() -> None:
+        time.sleep(0.5)
+        save()
+
+    run._save = save_slowly  # type: ignore[method-assign]
+    result = run.run()
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    genotype = (path / "genotype.json").read_text()
+    return len(lines) == len(result.history) and genotype == result.genotype.to_json()
+
+
 def chosen_layout(group: Group) -> str:
     """The memory format, of which only the first process makes a trial."""
     least, layout.LEAST_STEPS = layout.LEAST_STEPS, 1
@@ -290,6 +306,7 @@ def in_processes(rank: int, path: Path, number: int) -> None:
                 "together": together(group),
                 "masks": masks(group),
                 "other_seed": other_seed(group),
+                "files": files_at_the_end(group, path / "files"),
                 "other_weights": other_weights(group),
                 "other_images": [other_images(group, test) for test in (False, True)],
                 "other_genotype": other_genotype(group),

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnas.cli import SAID, main
+from fastnas.cli import main
 from fastnas.cli.processes import in_processes
+from fastnas.parallel import MEETING, ProcessEndedError
 from fastnas.search import load_checkpoint
 
 SEARCH = ["search", "--epochs", "2", "--batch-size", "16", "--weight-share", "0.1", "--no-gap"]
@@ -63,7 +64,7 @@ def test_the_number_of_processes(command, capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setattr(
         f"fastnas.cli.{'evaluate' if command == 'eval' else command}.run_in_processes",
-        lambda number, words: started.append((number, words)) or 0,
+        lambda number, words, batch_size: started.append((number, words)) or 0,
     )
     assert main([command, *source, "--processes", "2", "--epochs", "3"]) == 0
     assert started == [(2, [command, *source, "--epochs", "3"])]
@@ -78,16 +79,39 @@ def test_errors_name_their_process(capsys, monkeypatch):
     assert capsys.readouterr().err == "process 1: processes: expected 1 or more, but got 0\n"
 
 
-def test_errors_of_all_are_said_once(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ([(0, ValueError("a")), (1, ValueError("b"))], ["a", ""]),
+        ([(1, ValueError("a")), (0, ProcessEndedError("b"))], ["process 1: a", ""]),
+        ([(0, ProcessEndedError("a")), (2, ValueError("b"))], ["a", ""]),
+        ([(2, ValueError("a")), (0, ValueError("a"))], ["process 2: a", ""]),
+    ],
+)
+def test_one_process_says_why(errors, said, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("fastnas.cli._PATIENCE", 0.1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    monkeypatch.setenv(SAID, str(tmp_path))
+    monkeypatch.setenv(MEETING, str(tmp_path))
     seen = []
-    for rank, processes in (("1", "0"), ("0", "0"), ("1", "0"), ("2", "-1")):
+    for rank, error in errors:
+
+        def fail(words, error=error):
+            raise error
+
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr("fastnas.cli.info.main", fail)
+        assert main(["info"]) == 2
+        seen.append(capsys.readouterr().err.strip())
+    assert seen == said
+
+
+def test_variables_of_torchrun_that_are_set_by_half(capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    for rank in ("", "x"):
         monkeypatch.setenv("RANK", rank)
-        assert main(["search", "--processes", processes]) == 2
-        seen.append(capsys.readouterr().err.split(": ")[0])
-    assert seen == ["process 1", "processes", "", "process 2"]
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        assert main(["search", "--out", "None"]) == 2
+        assert "start by torchrun, or unset it" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -100,7 +124,7 @@ def test_two_processes_search_and_train(script, tmp_path):
     assert refused.returncode == 2
     assert refused.stderr.splitlines() == [
         "batch_size: expected a multiple of 2, the number of processes that share a batch, "
-        "but got 15"
+        "but got 15; take another size, or another number of processes"
     ]
     assert not Path(out).exists()
 
@@ -133,21 +157,52 @@ def test_two_processes_search_and_train(script, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_others(script, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, script, *SEARCH, "--processes", "2", "--out", str(tmp_path / "run")],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = _start(script, tmp_path)
     _wait_for((tmp_path / "run" / "metrics.jsonl").exists, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    worker = [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
-    os.kill(worker[-1], signal.SIGKILL)
+    os.kill(_workers(process)[-1], signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "another process of this run has ended" in errors
     assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_the_start_is_told_in_a_line(script, tmp_path, number):
+    """While the processes import what they need, and have handlers for nothing yet."""
+    process = _start(script, tmp_path)
+    _wait_for(lambda: len(_workers(process)) == 2, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors.count("\n") == 1 and "Traceback" not in errors, errors
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_stops_them_once(script, tmp_path):
+    """As systemd sends it: to the processes, and to the one that hands it on to them."""
+    process = _start(script, tmp_path)
+    _wait_for((tmp_path / "run" / "metrics.jsonl").exists, process)
+    for worker in _workers(process):
+        os.kill(worker, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.count("\n") == 1 and "--processes 2 --out" in errors, errors
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+def test_nothing_is_left_where_the_first_process_is_killed_at_the_start(script, tmp_path):
+    process = _start(script, tmp_path)
+    _wait_for(lambda: len(_workers(process)) == 2, process)
+    workers = _workers(process)
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
@@ -169,6 +224,22 @@ def test_two_gpus(script, tmp_path):
     done = run(sys.executable, script, *SEARCH, *words)
     assert done.returncode == 0, done.stderr
     assert (out / "genotype.json").exists()
+
+
+def _start(script, path: Path) -> subprocess.Popen[str]:
+    """Two processes that search for a while, in ``run``."""
+    return subprocess.Popen(
+        [sys.executable, script, *SEARCH, "--processes", "2", "--out", str(path / "run")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _workers(process: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
 
 def _wait_for(there, process: subprocess.Popen[str]) -> None:

@@ -114,6 +114,10 @@ def test_processes_of_other_weights_do_not_begin(found):
         assert process["other_images"] == ["process 1 has data other than process 0"] * 2
 
 
+def test_all_return_when_the_files_are_there(found):
+    assert [process["files"] for process in found] == [True] * PROCESSES
+
+
 def test_processes_of_other_genotypes_end(found):
     for process in found:
         assert process["other_genotype"] == "process 1 has a genotype other than process 0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from search_tiny import config, images, registered
 from test_search_loop import Recorder
 
+from fastnas.parallel import Group
 from fastnas.search import (
     NonFiniteLossError,
     Progress,
@@ -190,6 +191,43 @@ def test_nohup_is_respected() -> None:
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_one_signal_may_come_twice_where_there_are_several_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From whoever started them, beside the process that hands it on."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.received == signal.SIGINT
+        monkeypatch.setattr("fastnas.search.interrupts._REPEATED", -1.0)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second one was not obeyed")
+
+
+@dataclass(frozen=True)
+class _Late(Group):
+    """The signal comes while the processes ask each other, when this one has said its part."""
+
+    sent: list[int] = field(default_factory=list)
+
+    def largest(self, number: int) -> int:
+        if not self.sent:
+            self.sent.append(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return number
+
+
+def test_a_signal_that_comes_too_late_for_the_others_waits_for_the_next_step(
+    tmp_path: Path,
+) -> None:
+    search = Search(config(out=str(tmp_path / "run")), data=images(), progress=Recorder())
+    search.group = _Late()
+    with pytest.raises(RunInterrupted, match="step 1;") as stop:
+        search.run()
+    assert stop.value.signal == signal.SIGTERM
 
 
 def test_the_first_signal_counts() -> None:

@@ -7,7 +7,6 @@ What a command needs is imported when that command runs; ``fastnas --help`` need
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 
-__all__ = ["SAID", "main"]
+__all__ = ["main"]
 
 # Name, module, what it does.
 _COMMANDS = (
@@ -38,11 +37,8 @@ _COMMANDS = (
     ("info", "fastnas.cli.info", "Print versions, devices and the kernels that were built."),
 )
 
-SAID = "FASTNAS_ERRORS_SAID"
-"""The environment variable with the folder in which processes note what the first one has said."""
-
 _PATIENCE = 3.0
-"""Seconds that the others wait for it before they say an error of their own."""
+"""Seconds that a process waits for the first one, before it says an error of its own."""
 
 _EXIT_USAGE = 2
 _EXIT_SIGNAL = 128
@@ -75,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _debugging() or not _is_user_error(error):
             raise
-        number, text = _process(), _sentence(error)
-        if not _said_by_the_first(number, text):
-            _say_error((f"process {number}: " if number else "") + text)
+        if not _another_said_why(error):
+            number = _process()
+            _say_error((f"process {number}: " if number else "") + _sentence(error))
         code = _EXIT_USAGE
     _leave_stdout()
     return code
@@ -142,21 +138,28 @@ def _leave_stdout() -> None:
 
 def _process() -> int:
     """The number of this process, where torchrun has started several; else 0."""
-    return int(os.environ.get("RANK", 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    rank = os.environ.get("RANK", "") if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    return int(rank) if rank.isdecimal() else 0
 
 
-def _said_by_the_first(number: int, text: str) -> bool:
-    """Whether an error is one that process 0 has met as well; if this is process 0, note it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not os.environ.get(SAID):
+def _another_said_why(error: Exception) -> bool:
+    """Whether another process of this run has told its user what happened; if not, note it.
+
+    Most errors are met by all processes, and the first one tells of them; others end one process,
+    and that is what the rest then meet.
+    """
+    from fastnas.parallel import MEETING, ProcessEndedError
+
+    folder = os.environ.get(MEETING)
+    if not folder or "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
-    note = os.path.join(os.environ[SAID], hashlib.sha256(text.encode()).hexdigest())
-    if not number:
-        with contextlib.suppress(OSError):
-            open(note, "x").close()
-        return False
-    end = time.monotonic() + _PATIENCE
+    waits = _process() or isinstance(error, ProcessEndedError)
+    end = time.monotonic() + (_PATIENCE if waits else 0)
+    note = os.path.join(folder, "said")
     while not os.path.exists(note):
-        if time.monotonic() > end:
+        if time.monotonic() >= end:
+            with contextlib.suppress(OSError):  # where the folder is gone, so is who would look
+                open(note, "x").close()
             return False
         time.sleep(0.02)
     return True

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     refuse_idle_options(argv, config.idle(source.space))
     number, words = in_processes(argv)
     if number > 1:
-        return run_in_processes(number, ["eval", *words])
+        return run_in_processes(number, ["eval", *words], config.batch_size)
     with joined() as group:
         evaluation = Evaluation(
             config, genotype=source, progress=evaluation_progress(), group=group

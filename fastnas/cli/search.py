@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     config = _config(argv)
     number, words = in_processes(argv)
     if number > 1:
-        return run_in_processes(number, ["search", *words])
+        return run_in_processes(number, ["search", *words], config.batch_size)
     with joined() as group:
         Search(config, progress=search_progress(), group=group).run()
     return 0

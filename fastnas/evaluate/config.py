@@ -99,7 +99,7 @@ class EvaluateConfig:
     deterministic: bool = False
     """Allow only deterministic algorithms of PyTorch (on a GPU; slower)."""
     threads: int = 0
-    """CPU threads; 0 leaves PyTorch's choice."""
+    """CPU threads, of each process where there are several; 0 leaves PyTorch's choice."""
     log_every: int = 10
     """Batches between two reports of progress."""
 

@@ -169,7 +169,7 @@ class Evaluation(Resumable):
             OSError: a file of the run cannot be written.
         """
         with self._running(self.config.threads, self.config.deterministic):
-            self._meet(self.data, self.network)
+            self._meet(self.data, self._batches.batch_size, self.network)
             if self._directory is not None:
                 write_text(self._directory.genotype, self.source.genotype.to_json())
             self._tell(self.progress.start, self)
@@ -183,6 +183,7 @@ class Evaluation(Resumable):
             if self._directory is not None:
                 write_json(self._directory.path / "result.json", result.to_dict())
             self._tell(self.progress.end, result)
+            self.group.wait()  # until the files are there
         return result
 
     # --- an epoch ----------------------------------------------------------------------------
@@ -363,4 +364,4 @@ class Evaluation(Resumable):
 
     def how_to_go_on(self) -> str:
         """The command that continues this run."""
-        return f"fastnas eval --resume --out {self.path}"
+        return f"fastnas eval --resume{self.group.option()} --out {self.path}"

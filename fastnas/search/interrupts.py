@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,6 +19,9 @@ _NAMES = {
 
 # Python ignores SIGPIPE and raises BrokenPipeError: it is noted by hand.
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_REPEATED = 1.0
+"""Seconds in which a process of several may get one signal again, from who started it."""
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -34,6 +39,9 @@ class RunInterrupted(KeyboardInterrupt):
 class Interrupts:
     """Within the block, SIGINT and SIGTERM are noted instead of obeyed; a second one is obeyed.
 
+    Where several processes make a run, one signal may come twice: to each of them, and handed on
+    by the process that started them. There a second one counts from a second after the first on.
+
     SIGHUP is noted however often it comes, since a terminal that is closed may send it twice; where
     it was ignored before (``nohup``), it still is. Outside the main thread Python delivers no
     signals; there the block changes nothing.
@@ -45,6 +53,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._first: float | None = None
 
     @property
     def name(self) -> str:
@@ -79,8 +88,16 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.note(number)
-        if number != signal.SIGHUP:
+        if number == signal.SIGHUP:
+            return
+        now = time.monotonic()
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
             self._release(signal.SIGINT, signal.SIGTERM)
+        elif self._first is None:
+            self._first = now
+        elif now - self._first > _REPEATED:
+            self._release(signal.SIGINT, signal.SIGTERM)
+            signal.raise_signal(number)
 
     def _release(self, *numbers: int) -> None:
         for number in numbers:

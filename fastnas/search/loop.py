@@ -184,7 +184,7 @@ class Search(Resumable):
             OSError: a file of the run cannot be written.
         """
         with self._running(self.config.threads, self.config.deterministic):
-            self._meet(self.data, self.supernet, self.arch)
+            self._meet(self.data, self.halves.weights.batch_size, self.supernet, self.arch)
             self._tell(self.progress.start, self)
             for cut in cut_batches(self.config.batch_size, self.halves.trained):
                 self._tell(self.progress.note, cut)
@@ -204,6 +204,7 @@ class Search(Resumable):
                 None if gap is None else Gap(**gap),
             )
             self._tell(self.progress.end, result)
+            self.group.wait()  # until the files are there, which another run may read
         return result
 
     def _run_epoch(self) -> None:
@@ -391,7 +392,7 @@ class Search(Resumable):
 
     def how_to_go_on(self) -> str:
         """The command that continues this search."""
-        return f"fastnas search --resume --out {self.path}"
+        return f"fastnas search --resume{self.group.option()} --out {self.path}"
 
     def _write_genotype(self) -> Any:
         genotype = self.genotype()

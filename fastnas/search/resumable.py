@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fastnas.data.images import ImageData
 from fastnas.data.interface import Data
-from fastnas.parallel import ALONE, Group
+from fastnas.parallel import ALONE, Group, ProcessesError
 from fastnas.search.checkpoint import (
     CheckpointError,
     RandomState,
@@ -179,25 +180,27 @@ class Resumable(abc.ABC):
         if choice.found is not None:
             self._tell(self.progress.note, f"memory format: {choice.found}")
 
-    def _meet(self, data: Data, *modules: nn.Module) -> None:
+    def _meet(self, data: Data, batch_size: int, *modules: nn.Module) -> None:
         """Begin together, where several processes make this run.
 
         With other settings or other numbers of images they would wait for each other for ever.
         """
+        if self.group.size == 1:
+            return
         fields = {n: v for n, v in self.config.to_dict().items() if n not in _OF_A_PROCESS}
         images = [*data_identity(data), data.num_test]
+        if isinstance(data, ImageData):
+            images.append(data.train_labels.tolist())
         self.group.check_same(
             {**{name: json.dumps(value) for name, value in fields.items()}, "data": str(images)}
         )
         for module in modules:
             self.group.check_same_state(module, "weights at the start")
-        if self.group.size > 1:
-            share = self.config.batch_size // self.group.size
-            self._tell(
-                self.progress.note,
-                f"processes: {self.group.size}, each with {share} images of a batch of "
-                f"{self.config.batch_size}",
-            )
+        share = batch_size // self.group.size
+        self._tell(
+            self.progress.note,
+            f"processes: {self.group.size}, each with {share} images of a batch of {batch_size}",
+        )
 
     def _agreed(self, choice: LayoutChoice | None) -> LayoutChoice | None:
         """The choice of the first process, which alone has made the trial."""
@@ -315,11 +318,12 @@ class Resumable(abc.ABC):
     def _obey(self) -> None:
         """Stop at this boundary between iterations if a signal came."""
         interrupts = self._interrupts
-        # A signal may reach the processes one after the other, or some of them only.
-        if number := self.group.largest(interrupts.received or 0):
-            interrupts.note(number)
-        if interrupts.received is None:
+        # A signal may reach the processes one after the other, or some of them only. What they have
+        # told each other counts: one that came meanwhile is for the next boundary.
+        number = self.group.largest(interrupts.received or 0)
+        if not number:
             return
+        interrupts.received = number
         self._check_finite(self.meters())
         where = f"stopped by {interrupts.name} in epoch {self.epoch + 1}, step {self.step}"
         if self._directory is None:
@@ -330,8 +334,8 @@ class Resumable(abc.ABC):
                 self._save()
             advice = f"go on with: {self.how_to_go_on()}"
         # One that ends is the end of all: not before the checkpoint is there.
-        self.group.largest(0)
-        raise RunInterrupted(f"{where}; {advice}", interrupts.received)
+        self.group.wait()
+        raise RunInterrupted(f"{where}; {advice}", number)
 
     def _check_finite(self, meters: Mapping[str, Meter]) -> None:
         for name, meter in meters.items():
@@ -350,7 +354,9 @@ class Resumable(abc.ABC):
 
 
 def _comes_again(error: Exception) -> bool:
-    return isinstance(error, (ValueError, NonFiniteLossError)) or is_out_of_memory(error)
+    # What ends another process, as an image that only that one reads, may come again as well.
+    kinds = (ValueError, NonFiniteLossError, ProcessesError)
+    return isinstance(error, kinds) or is_out_of_memory(error)
 
 
 def difference(
