@@ -284,6 +284,8 @@ class Selecting(stock.MixedOp):
     def forward(self, x, weights, selected=None, flip=False):
         if flip:
             x = x.flip(2)
+        if selected is not None:
+            self.last = selected
         if selected is None:
             return sum(w * op(x) for w, op in zip(weights, self._ops, strict=True))
         return self._ops[selected](x)
@@ -325,8 +327,11 @@ def test_the_other_way_sees_what_was_given_to_ours():
     model = Edges(Selecting()).eval()
     fastnas.accelerate(model)
     x = torch.randn(2, 4, 6, 6)
+    model.ops[0].last = None
     model.ops[0]._ops[2] = nn.Tanh()
     torch.testing.assert_close(model.ops[0](x, None, 2), x.tanh())
+    assert model.ops[0].last == 2
+    assert not vars(model.ops[0]._original).get("last")
     model.ops[0]._ops = nn.ModuleList([nn.Sigmoid()])
     torch.testing.assert_close(model.ops[0](x, None, 0), x.sigmoid())
 

@@ -193,6 +193,24 @@ def test_a_signal_to_all_processes_stops_them_once(script, tmp_path):
 
 
 @pytest.mark.slow
+def test_all_processes_pause_and_go_on(script, tmp_path):
+    process = _start(script, tmp_path)
+    _wait_for((tmp_path / "run" / "metrics.jsonl").exists, process)
+    workers = _workers(process)
+
+    def paused():
+        stats = [Path(f"/proc/{number}/stat").read_text() for number in (process.pid, *workers)]
+        return [stat.rsplit(")", 1)[1].split()[0] == "T" for stat in stats]
+
+    process.send_signal(signal.SIGTSTP)
+    _wait_for(lambda: all(paused()), process)
+    process.send_signal(signal.SIGCONT)
+    _wait_for(lambda: not any(paused()), process)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.slow
 def test_nothing_is_left_where_the_first_process_is_killed_at_the_start(script, tmp_path):
     process = _start(script, tmp_path)
     _wait_for(lambda: len(_workers(process)) == 2, process)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastnas.nn.mixed_op import MixedOp, Weights
-from fastnas.nn.proof.reading import nested_codes, own_classes
+from fastnas.nn.proof.reading import EVERY_MODULE_HAS, nested_codes, own_classes
 from fastnas.nn.proof.signature import Defaults, extra_defaults, split_extra
 
 __all__ = ["ORIGINAL", "OURS", "hand_over", "lend", "lent_methods", "lost_names"]
@@ -115,12 +115,25 @@ def _forward_of(base: type[MixedOp], defaults: Defaults) -> Any:
 
     def forward(self: MixedOp, x: Tensor, weights: Weights, *args: Any, **kwargs: Any) -> Any:
         if (args or kwargs) and split_extra(defaults, args, kwargs) != {}:
-            original: nn.Module = vars(self)[ORIGINAL]
-            hand_over(self, original)
-            return original.forward(x, weights, *args, **kwargs)
+            return _run_original(self, x, weights, *args, **kwargs)
         return base.forward(self, x, weights)
 
     return forward
+
+
+def _run_original(ours: MixedOp, *args: Any, **kwargs: Any) -> Any:
+    """What the original would return with the state of ``ours``, which gets what it may set."""
+    original: nn.Module = vars(ours)[ORIGINAL]
+    # Not the original itself: replicas of ours, in threads of a DataParallel, have one in common.
+    twin = object.__new__(type(original))
+    vars(twin).update(vars(original))
+    hand_over(ours, twin)
+    before = dict(vars(twin))
+    y = twin.forward(*args, **kwargs)
+    for name, value in vars(twin).items():
+        if name not in EVERY_MODULE_HAS and value is not before.get(name, twin):
+            vars(ours)[name] = value
+    return y
 
 
 @functools.cache
