@@ -26,6 +26,7 @@ from fastnas.methods import METHODS
 from fastnas.parallel import ALONE, Group, ProcessesError, current_group
 from fastnas.search import RunInterrupted, Search, layout, preset_config
 from fastnas.search.gap import with_new_statistics
+from fastnas.search.hessian import alpha_eigenvalue
 from fastnas.spaces import SPACES, mbconv
 
 PROCESSES = 2
@@ -227,6 +228,21 @@ def other_genotype(group: Group) -> str:
     return ""
 
 
+def eigenvalues(group: Group) -> tuple[float, float]:
+    """Of one batch whose shares are not equal: by all processes, and by one alone."""
+    x, y = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(5)), torch.arange(5) % 3
+    found = []
+    for owner in (group, ALONE):
+        run = search(owner, {"space": "plain", **PLAIN["darts"]})
+        with torch.no_grad():
+            for alpha in run.arch.parameters():
+                alpha.copy_(torch.linspace(-1, 1, alpha.numel()).view_as(alpha))
+        rows = owner.share.of(0, len(y))
+        batch = x[rows], y[rows]
+        found.append(alpha_eigenvalue(run.learner, batch, run.moment("validation")))
+    return found[0], found[1]
+
+
 def files_at_the_end(group: Group, path: Path) -> bool:
     """Whether another run may read what a search found, as soon as that has returned."""
     run = search(group, REAL["tiny"], out=path)
@@ -306,6 +322,7 @@ def in_processes(rank: int, path: Path, number: int) -> None:
                 "together": together(group),
                 "masks": masks(group),
                 "other_seed": other_seed(group),
+                "eigenvalues": eigenvalues(group),
                 "files": files_at_the_end(group, path / "files"),
                 "other_weights": other_weights(group),
                 "other_images": [other_images(group, test) for test in (False, True)],

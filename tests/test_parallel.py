@@ -114,6 +114,13 @@ def test_processes_of_other_weights_do_not_begin(found):
         assert process["other_images"] == ["process 1 has data other than process 0"] * 2
 
 
+def test_the_curvature_is_that_of_the_whole_batch(found):
+    for process in found:
+        together, alone = process["eigenvalues"]
+        assert together == pytest.approx(alone, rel=1e-3)
+        assert abs(alone) > 1e-6
+
+
 def test_all_return_when_the_files_are_there(found):
     assert [process["files"] for process in found] == [True] * PROCESSES
 

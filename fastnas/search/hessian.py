@@ -54,6 +54,10 @@ def alpha_eigenvalue(learner: Learner, batch: Batch, moment: Moment) -> float:
             "derivative in the alphas"
         )
 
+    # Shares of one batch may differ by an image.
+    images = torch.tensor(len(y), dtype=torch.float64)
+    part = images / learner.group.mean([images])[0]
+
     def product(vector: Tensor) -> Tensor:
         rows = torch.autograd.grad(
             gradient @ vector.to(gradient),
@@ -62,7 +66,7 @@ def alpha_eigenvalue(learner: Learner, batch: Batch, moment: Moment) -> float:
             allow_unused=True,
             materialize_grads=True,
         )
-        return learner.group.mean([_flat(rows).double().cpu()])[0]
+        return learner.group.mean([_flat(rows).double().cpu() * part])[0]
 
     return largest_eigenvalue(product, gradient.numel())
 
