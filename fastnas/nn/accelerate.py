@@ -76,6 +76,8 @@ def accelerate(model: nn.Module, *, cells: bool = True) -> Report:
 
     * numbers computed from sizes that are the same for all sizes tried (``y + len(x) // 1000``),
     * code that is put in place of a method or function after the proof,
+    * random numbers that a candidate draws only later, as a drop path of its own class that starts
+      at zero: a cell draws them in another order then (``cells=False`` keeps it),
     * errors: an input that the original refuses may be taken by ours, and the other way round,
     * the dtype of the sum under ``autocast``, or with weights of a wider dtype: it is that of
       ``sum(w * op(x))`` however the original adds, and the memory format is that of the candidates,

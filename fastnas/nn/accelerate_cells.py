@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from fastnas.nn.batch_norm import hook_tables
 from fastnas.nn.cell import count_fits, joins_edges, shares_statistics
 from fastnas.nn.mixed_op import MixedOp
-from fastnas.nn.proof.cell_parts import arguments_of, input_parts, mixed_ops, node_sizes
+from fastnas.nn.proof.cell_parts import (
+    arguments_of,
+    input_parts,
+    mixed_ops,
+    named_parts,
+    node_sizes,
+)
 from fastnas.nn.proof.cells import CellVerdict, Joined, run_cell
 from fastnas.nn.proof.reading import own_classes
 from fastnas.nn.proof.signature import arguments_needed, split_extra
@@ -81,7 +87,7 @@ def _holds(cell: Any, joined: Joined, weights: object, edge_weights: object) -> 
     edges = mixed_ops(cell)
     if any(getattr(cell, name, None) != value for name, value in joined.settings):
         return False
-    if len(edges) != joined.edges or not joins_edges(edges):
+    if tuple(name for name, _ in named_parts(cell)) != joined.parts or not joins_edges(edges):
         return False
     count = len(edges[0]._ops)
     if joined.by_node:

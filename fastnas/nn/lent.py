@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastnas.nn.mixed_op import MixedOp, Weights
-from fastnas.nn.proof.reading import EVERY_MODULE_HAS, nested_codes, own_classes
+from fastnas.nn.proof.reading import nested_codes, own_classes
 from fastnas.nn.proof.signature import Defaults, extra_defaults, split_extra
 
 __all__ = ["ORIGINAL", "OURS", "hand_over", "lend", "lent_methods", "lost_names"]
@@ -94,7 +94,7 @@ def lend(ours: MixedOp, cls: Any, name: str) -> None:
         ours._modules[name] = ours._modules.pop("_ops")
     if name != "_ops" or _defaults(cls) or lent_methods(cls, type(ours)):
         base: type = type(ours)
-        ours.__class__ = _lending_class(base, cls, name)
+        ours.__class__ = _lending_class(base, cls, name, cls.forward)
 
 
 def hand_over(ours: nn.Module, original: nn.Module) -> None:
@@ -107,7 +107,8 @@ def hand_over(ours: nn.Module, original: nn.Module) -> None:
 
 def _defaults(cls: type[nn.Module]) -> Defaults:
     """What the ``forward`` of ``cls`` takes besides x and weights."""
-    return extra_defaults(list(inspect.signature(cls.forward).parameters.values())[3:]) or ()
+    found = inspect.signature(cls.forward, follow_wrapped=False)
+    return extra_defaults(list(found.parameters.values())[3:]) or ()
 
 
 def _forward_of(base: type[MixedOp], defaults: Defaults) -> Any:
@@ -128,17 +129,30 @@ def _run_original(ours: MixedOp, *args: Any, **kwargs: Any) -> Any:
     twin = object.__new__(type(original))
     vars(twin).update(vars(original))
     hand_over(ours, twin)
-    before = dict(vars(twin))
-    y = twin.forward(*args, **kwargs)
-    for name, value in vars(twin).items():
-        if name not in EVERY_MODULE_HAS and value is not before.get(name, twin):
-            vars(ours)[name] = value
-    return y
+    before, parts = dict(vars(twin)), dict(twin._modules)
+    try:
+        return twin.forward(*args, **kwargs)
+    finally:
+        after = {name: value for name, value in vars(twin).items() if name != "_modules"}
+        _repeat_changes(before, after, vars(ours))
+        _repeat_changes(parts, twin._modules, ours._modules)
+
+
+def _repeat_changes(before: dict[str, Any], after: dict[str, Any], there: dict[str, Any]) -> None:
+    """Change ``there`` as ``before`` has become ``after``."""
+    for name in before.keys() - after.keys() - {"_modules"}:
+        there.pop(name, None)
+    for name, value in after.items():
+        if name not in before or value is not before[name]:
+            there[name] = value
 
 
 @functools.cache
-def _lending_class(base: type, cls: type, name: str) -> type:
-    """The subclass of ``base`` with the methods of ``cls``; it goes by the name of ``base``."""
+def _lending_class(base: type, cls: type, name: str, forward: object) -> type:
+    """The subclass of ``base`` with the methods of ``cls``; it goes by the name of ``base``.
+
+    One for each ``forward`` that ``cls`` has had: it says what the further arguments are.
+    """
     members: dict[str, Any] = {}
     if name != "_ops":
         members["_ops"] = property(lambda self: self._modules[name])
@@ -167,4 +181,4 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 
 def _blank(base: type, cls: type, name: str) -> Any:
     """A module of the class made of these, without its state."""
-    return object.__new__(_lending_class(base, cls, name))
+    return object.__new__(_lending_class(base, cls, name, cls.forward))  # type: ignore[attr-defined]

@@ -29,6 +29,14 @@ class Branches:
         # By identity: a code object is compared by value, and hashed slowly.
         self._codes = {id(code): code for code in codes}
         self._idle = idle
+        # Jumps that always go one way do run.
+        self._asleep = {
+            (id(code), instruction.offset)
+            for code in self._codes.values()
+            for instruction in dis.get_instructions(code)
+            if (id(code), instruction.offset) in idle and not is_conditional(instruction)
+        }
+        self._woken = False
         self._kept: set[tuple[int, int, int]] = set()
         self._new: set[tuple[int, int, int]] = set()
 
@@ -52,6 +60,8 @@ class Branches:
             nonlocal last
             if event == "opcode":
                 self._new.add((key, last, frame.f_lasti))
+                if (key, frame.f_lasti) in self._asleep:
+                    self._woken = True
                 last = frame.f_lasti
             return on_opcode
 
@@ -64,8 +74,11 @@ class Branches:
     def not_taken(self) -> str | None:
         """A place where one way was never taken, as "file, line n"; None if there is none.
 
-        A way that does nothing but raise need not be taken.
+        A way that does nothing but raise need not be taken. What was idle and ran all the same has
+        been called with other arguments.
         """
+        if self._woken:
+            return "where arguments have other values than their defaults"
         ways: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
         for key, origin, target in self._kept:
             ways[key, origin].add(target)

@@ -150,7 +150,7 @@ def _stand_ins(
             edges = parts.setdefault(first, nn.ModuleList())
             for number in between:  # of the list of a node
                 assert isinstance(edges, nn.ModuleList)
-                if int(number) == len(edges):
+                while len(edges) <= int(number):
                     edges.append(nn.ModuleList())
                 edges = edges[int(number)]
             assert isinstance(edges, nn.ModuleList)

@@ -50,7 +50,12 @@ class Way(NamedTuple):
             return cell
 
         def call(s0: Tensor, s1: Tensor, weights: Tensor, *more: Tensor | None) -> Tensor:
-            return cell(s0, s1, list(weights.split(node_sizes(len(weights)))), *more)
+            matrices = list(weights.split(node_sizes(len(weights))))
+            given = list(matrices)
+            y = cell(s0, s1, given, *more)
+            if list(map(id, given)) != list(map(id, matrices)):
+                raise RuntimeError("it changes the list of its weights")
+            return y
 
         return call
 

@@ -55,8 +55,8 @@ _RANDOM = "it draws random numbers, which would come in another order"
 class Joined(NamedTuple):
     """What was proved of a cell."""
 
-    #: How many mixed ops it has.
-    edges: int
+    #: The names of its parts, in the order in which they are used.
+    parts: tuple[str, ...]
     #: Its output is the concatenation of so many of its last states.
     last: int
     #: The names of its arguments: inputs, weights and, if there is a fourth, those of edges.
@@ -185,7 +185,7 @@ class CellJudge:
         arguments, extra = arguments_of(cell)
         names = tuple(p.name for p in arguments)
         joined = Joined(
-            len(edges),
+            tuple(name for name, _ in named_parts(cell)),
             last,
             names,
             subject.optional,

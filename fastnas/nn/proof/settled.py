@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dis
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, NoneType
 from typing import Any
 
@@ -33,6 +33,8 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+_JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
+_ONE_WAY = ("JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD_NO_INTERRUPT")
 _ENDS = ("RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE")
 _UNKNOWN = object()
 
@@ -74,21 +76,57 @@ def _idle_places(code: CodeType, fixed: Mapping[str, object]) -> Iterator[Place]
 
 def _idle(code: CodeType, fixed: Mapping[str, object]) -> set[int]:
     """Offsets in ``code`` alone, given what ``fixed`` variables are."""
-    instructions = _instructions(code)
+    flow = _Flow(code)
     settled = {
         i: way
-        for i, jump in enumerate(instructions)
-        if (way := _settled_way(instructions, i, fixed)) is not None
+        for i in range(len(flow.instructions))
+        if (way := _settled_way(flow, i, fixed)) is not None
     }
     if not settled:
         return set()
     # What neither reaches, as handlers of exceptions, is none of this function's business.
-    idle = _reached(instructions, {}) - _reached(instructions, settled)
-    return {instructions[i].offset for i in idle | settled.keys()}
+    idle = flow.reached({}) - flow.reached(settled)
+    return {flow.instructions[i].offset for i in idle | settled.keys()}
 
 
-def _instructions(code: CodeType) -> list[dis.Instruction]:
-    return [i for i in dis.get_instructions(code) if i.opname not in ("EXTENDED_ARG", "CACHE")]
+class _Flow:
+    """The instructions of a code object, and what may follow each."""
+
+    def __init__(self, code: CodeType) -> None:
+        everything = list(dis.get_instructions(code))
+        self.instructions = [i for i in everything if i.opname not in ("EXTENDED_ARG", "CACHE")]
+        # A jump may lead to an EXTENDED_ARG, which belongs to the instruction after it.
+        self._numbers: dict[int, int] = {}
+        number = 0
+        for instruction in everything:
+            self._numbers[instruction.offset] = number
+            number += instruction.opname not in ("EXTENDED_ARG", "CACHE")
+        #: Numbers of those that are not only reached from the one before.
+        self.targets = {self._numbers[i.argval] for i in everything if i.opcode in _JUMPS}
+
+    def reached(self, settled: Mapping[int, bool]) -> set[int]:
+        """Numbers of the instructions that the first one leads to, apart from exceptions.
+
+        Args:
+            settled: for the number of a jump, whether it is taken.
+        """
+        reached: set[int] = set()
+        waiting = [0]
+        while waiting:
+            i = waiting.pop()
+            if i not in reached and i < len(self.instructions):
+                reached.add(i)
+                waiting += self._following(i, settled.get(i))
+        return reached
+
+    def _following(self, i: int, jumps: bool | None) -> Iterator[int]:
+        instruction = self.instructions[i]
+        if instruction.opname in _ENDS:
+            return
+        if instruction.opcode in _JUMPS and jumps is not False:
+            yield self._numbers[instruction.argval]
+        if instruction.opname not in _ONE_WAY and jumps is not True:
+            yield i + 1
 
 
 def _stores(code: CodeType, name: str) -> bool:
@@ -103,49 +141,12 @@ def _stores(code: CodeType, name: str) -> bool:
     return False
 
 
-def _reached(instructions: Sequence[dis.Instruction], settled: Mapping[int, bool]) -> set[int]:
-    """Numbers of the instructions that the first one leads to, apart from exceptions.
-
-    Args:
-        instructions: all of a function.
-        settled: for the number of a jump, whether it is taken.
-    """
-    numbers = {instruction.offset: i for i, instruction in enumerate(instructions)}
-    # A jump may lead to an EXTENDED_ARG, which belongs to the instruction after it.
-    offsets = sorted(numbers)
-
-    def target(jump: dis.Instruction) -> int:
-        return numbers[next(offset for offset in offsets if offset >= jump.argval)]
-
-    reached: set[int] = set()
-    waiting = [0]
-    while waiting:
-        i = waiting.pop()
-        if i in reached or i >= len(instructions):
-            continue
-        reached.add(i)
-        instruction = instructions[i]
-        if instruction.opname in _ENDS:
-            continue
-        jumps = "JUMP" in instruction.opname or is_conditional(instruction)
-        if not jumps:
-            waiting.append(i + 1)
-        elif not is_conditional(instruction):
-            waiting.append(target(instruction))
-        else:
-            waiting += [target(instruction)] if settled.get(i, True) else []
-            waiting += [] if settled.get(i, False) else [i + 1]
-    return reached
-
-
-def _settled_way(
-    instructions: Sequence[dis.Instruction], i: int, fixed: Mapping[str, object]
-) -> bool | None:
+def _settled_way(flow: _Flow, i: int, fixed: Mapping[str, object]) -> bool | None:
     """Whether instruction ``i`` jumps; None if it is no jump or more than ``fixed`` decides."""
-    jump = instructions[i]
+    jump = flow.instructions[i]
     if not is_conditional(jump) or jump.opname == "FOR_ITER":
         return None
-    value = _condition(instructions, i, fixed)
+    value = _condition(flow, i, fixed)
     if value is _UNKNOWN:
         return None
     if jump.opname.endswith("NOT_NONE"):
@@ -155,9 +156,9 @@ def _settled_way(
     return bool(value) is ("IF_TRUE" in jump.opname)
 
 
-def _condition(instructions: Sequence[dis.Instruction], i: int, fixed: Mapping[str, object]) -> Any:
+def _condition(flow: _Flow, i: int, fixed: Mapping[str, object]) -> Any:
     """What instruction ``i``, a jump, asks for the truth of."""
-    start = i
+    instructions, start = flow.instructions, i
     while start > 0 and (
         instructions[start - 1].opname in ("TO_BOOL", "NOP", "DUP_TOP")
         or (instructions[start - 1].opname == "COPY" and instructions[start - 1].arg == 1)
@@ -173,7 +174,7 @@ def _condition(instructions: Sequence[dis.Instruction], i: int, fixed: Mapping[s
     else:
         start -= 1
         found = _loaded(last, fixed)
-    if found is _UNKNOWN or any(k.is_jump_target for k in instructions[start + 1 : i + 1]):
+    if found is _UNKNOWN or flow.targets & set(range(start + 1, i + 1)):
         return _UNKNOWN
     return found
 

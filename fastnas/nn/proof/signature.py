@@ -44,10 +44,15 @@ def parts_in_list(module: nn.Module) -> nn.ModuleList:
 
 def positional(module: nn.Module) -> list[inspect.Parameter] | None:
     """The arguments of its ``forward``; None if it has others than ordinary ones."""
+    forward = getattr(module.forward, "__func__", None)
+    # A decorator may tell of other arguments, or other defaults, than it takes.
+    if forward is None or hasattr(forward, "__signature__"):
+        return None
     try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
+        found = inspect.signature(module.forward, follow_wrapped=False)
     except (TypeError, ValueError):  # a forward that is not Python
         return None
+    parameters = list(found.parameters.values())
     ordinary = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
     return parameters if ordinary else None
 
