@@ -222,6 +222,7 @@ def test_hooked_and_patched_ones_stay():
     patched.forward = lambda x, weights: x
     report = fastnas.accelerate(Edges(hooked, patched, stock.MixedOp(4, 1)))
     assert [left.name for left in report.left] == ["ops.0", "ops.1"]
+    assert report.left[1].reason == "its forward was replaced on this instance"
     assert [s.name for s in report.swapped] == ["ops.2"]
 
 

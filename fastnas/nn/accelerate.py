@@ -247,10 +247,6 @@ def _parameters(module: nn.Module) -> list[str]:
 
 def _obstacle(module: nn.Module) -> str | None:
     """What keeps ``module`` in place before anything is run; None if nothing does."""
-    parameters = positional(module)
-    if parameters is None or extra_defaults(parameters[2:]) is None:
-        more = ", ".join(_parameters(module)[2:])
-        return f"its forward takes more than x and weights, without a plain default: {more}"
     candidates = list_name(module)
     parts = [name for name in module._modules if name not in (candidates, "mp")]
     parts += [*module._parameters, *module._buffers]
@@ -260,6 +256,10 @@ def _obstacle(module: nn.Module) -> str | None:
         return "hooks are registered on it"
     if "forward" in vars(module):
         return "its forward was replaced on this instance"
+    parameters = positional(module)
+    if parameters is None or extra_defaults(parameters[2:]) is None:
+        more = ", ".join(_parameters(module)[2:])
+        return f"its forward takes more than x and weights, without a plain default: {more}"
     if any(map(_has_own_forward, module.modules())):
         return "the forward of a part was replaced on that instance, so that it cannot be copied"
     if lost := lost_names(type(module), PartialMixedOp):

@@ -129,14 +129,14 @@ def cell_obstacle(cell: nn.Module) -> str | None:
         return "it has no preprocess0 and preprocess1, nor just two parts besides its mixed ops"
     if cell._modules[inputs[0]] is cell._modules[inputs[1]]:
         return f"its {' and '.join(inputs)} are one module"
-    if arguments_of(cell)[1] is None:
-        parameters = list(inspect.signature(cell.forward).parameters.values())
-        more = ", ".join(p.name for p in parameters[4:]) or "any number of arguments"
-        return f"its forward takes more than {_ARGUMENTS}, without a plain default: {more}"
     if any(table for name, table in vars(cell).items() if name.endswith("_hooks")):
         return "hooks are registered on it"
     if "forward" in vars(cell):
         return "its forward was replaced on this instance"
+    if arguments_of(cell)[1] is None:
+        parameters = list(inspect.signature(cell.forward).parameters.values())
+        more = ", ".join(p.name for p in parameters[4:]) or "any number of arguments"
+        return f"its forward takes more than {_ARGUMENTS}, without a plain default: {more}"
     if any("forward" in vars(m) and not _is_script(m) for m in cell.modules()):
         return "the forward of a part was replaced on that instance, so that it cannot be copied"
     if any(nn.parameter.is_lazy(t) for t in (*cell.parameters(), *cell.buffers())):
