@@ -196,12 +196,16 @@ def other_weights(group: Group) -> str:
     return ""
 
 
-def other_images(group: Group, test: bool) -> str:
-    """The processes have other numbers of images to train on, or to test on."""
+def other_images(group: Group, what: str) -> str:
+    """The processes have other numbers of images to train on, or to test on, or other labels."""
     data = images()
     count = 8 * (group.size - group.share.rank)
-    cut = (data.test_images[:count], data.test_labels[:count])
-    own = replace(data, test_images=cut[0], test_labels=cut[1]) if test else images(96 + count)
+    cut = {"test_images": data.test_images[:count], "test_labels": data.test_labels[:count]}
+    own = {
+        "training": images(96 + count),
+        "test": replace(data, **cut),
+        "labels": replace(data, train_labels=data.train_labels.roll(group.share.rank)),
+    }[what]
     try:
         Search(config(), data=own, group=group).run()
     except ProcessesError as error:
@@ -325,7 +329,9 @@ def in_processes(rank: int, path: Path, number: int) -> None:
                 "eigenvalues": eigenvalues(group),
                 "files": files_at_the_end(group, path / "files"),
                 "other_weights": other_weights(group),
-                "other_images": [other_images(group, test) for test in (False, True)],
+                "other_images": [
+                    other_images(group, what) for what in ("training", "test", "labels")
+                ],
                 "other_genotype": other_genotype(group),
                 "layout": chosen_layout(group),
                 "statistics": new_statistics(group),

@@ -111,7 +111,7 @@ def test_processes_of_other_weights_do_not_begin(found):
     for process in found:
         assert process["other_seed"] == "process 1 has seed other than process 0"
         assert process["other_weights"] == "process 1 has weights at the start other than process 0"
-        assert process["other_images"] == ["process 1 has data other than process 0"] * 2
+        assert process["other_images"] == ["process 1 has data other than process 0"] * 3
 
 
 def test_the_curvature_is_that_of_the_whole_batch(found):

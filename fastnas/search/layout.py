@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fastnas._timing import timed
-from fastnas.methods import Learner, Moment
-from fastnas.methods.learner import Batch
+from fastnas.methods import Batch, Learner, Moment
 from fastnas.parallel import ALONE
 from fastnas.search.runtime import is_out_of_memory, memory_layout
 
@@ -48,8 +47,8 @@ class LayoutChoice(NamedTuple):
 def begin_trial(
     learner: Learner,
     layout: torch.memory_format,
-    train: Batch,
-    draw: Callable[[], Batch] | None,
+    make_batch: Callable[[], Batch],
+    frozen: bool,
     moment: Moment,
 ) -> Step:
     """Set up a copy of a learner in a format; what is returned makes one step of it.
@@ -57,14 +56,16 @@ def begin_trial(
     Args:
         learner: what is copied; the copy is one of a single process.
         layout: the format.
-        train: a batch for the weights.
-        draw: gives one for the architecture; None where that is not trained.
+        make_batch: gives a batch for the weights, and one for the architecture.
+        frozen: the architecture is not trained.
         moment: of each step.
     """
     learner = copy.deepcopy(learner)
     learner.group = ALONE
     learner.lay_out(layout)
     learner.supernet.train()
+    train, val = make_batch(), make_batch()
+    draw = None if frozen else lambda: val
 
     def step() -> object:
         return learner.method.iteration(learner, train, draw, moment)

@@ -18,7 +18,7 @@ import torch
 
 from fastnas.data import load
 from fastnas.data.interface import Data
-from fastnas.methods import ArchParameters, Method, Moment, Phase
+from fastnas.methods import ArchParameters, Batch, Method, Moment, Phase
 from fastnas.methods.graphs import with_graphs
 from fastnas.parallel import ALONE, Group
 from fastnas.search.assembly import build_halves, build_learner, cut_batches, noise_batch
@@ -337,13 +337,11 @@ class Search(Resumable):
         )
 
     def _trial(self, layout: torch.memory_format) -> Step:
-        train, val = (
-            noise_batch(self.halves.weights, self.data.num_classes, self.device, layout)
-            for _ in range(2)
-        )
+        def noise() -> Batch:
+            return noise_batch(self.halves.weights, self.data.num_classes, self.device, layout)
+
         frozen = self.config.epochs <= self.config.arch_warmup_epochs
-        draw = None if frozen else lambda: val
-        return begin_trial(self.learner, layout, train, draw, self.moment("weights"))
+        return begin_trial(self.learner, layout, noise, frozen, self.moment("weights"))
 
     @property
     def _lead(self) -> int:
